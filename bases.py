@@ -1,0 +1,207 @@
+"""A frozen base: found by name, loaded, and patched once so that a forward pass takes Adapters and a task per row.
+
+There is no code per architecture. Any decoder whose layers hold the seven projections q,k,v,o,gate,up,down as
+nn.Linear works: each is wrapped in `Adapted`, which adds the low-rank part, and the LM head is wrapped in
+`PickedHead`, which reads it only at the positions somebody asked for.
+"""
+import pathlib, re
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from cli import ROOT, BadInput
+from kernels.lora import lora_matmul
+from portal import MODULES
+
+HUB = {
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B", "qwen3-1.7b": "Qwen/Qwen3-1.7B", "qwen3-4b": "Qwen/Qwen3-4B", "qwen3-8b": "Qwen/Qwen3-8B",
+    "gemma-3-270m": "google/gemma-3-270m", "gemma-3-1b": "google/gemma-3-1b-pt", "gemma-3-4b": "google/gemma-3-4b-pt",
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M", "smollm2-360m": "HuggingFaceTB/SmolLM2-360M",
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B", "qwen2.5-coder-0.5b": "Qwen/Qwen2.5-Coder-0.5B",
+}
+TOY = {name: ROOT / "toy" / name for name in ("toy-qwen-s", "toy-qwen-m", "toy-qwen-l", "toy-gemma")}
+
+
+def resolve(spec):
+    """How a base is named -> (short name, where it is loaded from, revision, gguf file or None).
+
+    An alias of HUB or TOY, a local Hugging Face folder, a .gguf file, or org/name@revision on the hub.
+    """
+    path = TOY.get(spec, pathlib.Path(spec).expanduser())
+    if spec in HUB:
+        return spec, HUB[spec], None, None
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise BadInput(f"unknown base {spec!r}: there is no such .gguf file")
+        return path.stem.lower(), str(path.parent), None, path.name
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise BadInput(f"base {spec!r} is a folder but not a model: it has no config.json (a Hugging Face model folder has)")
+        return path.resolve().name.lower(), str(path), None, None
+    hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", spec)
+    if hub and not spec.startswith((".", "/")) and not spec.endswith(".gguf"):
+        return hub[1].split("/")[1].lower(), hub[1], hub[2], None
+    raise BadInput(f"unknown base {spec!r}: accepted are {', '.join([*TOY, *HUB])}, a hub id org/name@revision, "
+                   "a Hugging Face model folder or a .gguf file")
+
+
+# ---------------------------------------------------------------------------------------------- the patched projections
+class Adapted(nn.Module):
+    """W x + scale B_t A_t x, with the A, B and task that its base holds `live` during a forward pass."""
+
+    def __init__(self, linear, kind, layer, live):
+        super().__init__()
+        self.linear, self.kind, self.layer, self.live = linear, kind, layer, live
+
+    def forward(self, x):                                                            # [R, S, d_in]
+        y = self.linear(x)
+        if self.kind not in self.live.A:
+            return y
+        A, B = self.live.A[self.kind][self.layer], self.live.B[self.kind][self.layer]
+        return y + lora_matmul(x, A, B, self.live.task, self.live.scale)             # [R, S, d_out]
+
+
+class PickedHead(nn.Module):
+    """The LM head at the picked positions alone. Answers are a few tokens of a long row and the vocabulary is the
+    widest matrix of a small model: computing every position's logits would cost more than the layers do."""
+
+    def __init__(self, head, live):
+        super().__init__()
+        self.head, self.live = head, live
+
+    @property
+    def weight(self):
+        return self.head.weight
+
+    def forward(self, x):                                                            # [R, S, d]
+        return self.head(x if self.live.at is None else x[self.live.at])             # [N, vocabulary]
+
+
+class Base:
+    """A frozen language model. `layers` L, `dims` {m: (d_in, d_out)}, `logits(...)`."""
+
+    def __init__(self, model, tokenizer, name="base", origin="", revision=None):
+        self.model, self.tokenizer, self.name, self.origin, self.revision = model.eval().requires_grad_(False), tokenizer, name, origin, revision
+        self.live = SimpleNamespace(A={}, B={}, task=None, scale=1.0, at=None)
+        self.config = model.config.get_text_config()
+        projections = find_projections(model)                                        # [{m: (parent, attribute)}] a layer
+        self.layers, self.dims, self.linears = len(projections), {}, []
+        for layer, row in enumerate(projections):
+            self.linears.append({m: getattr(*place) for m, place in row.items()})
+            for m, (parent, attribute) in row.items():
+                linear = getattr(parent, attribute)
+                shape = (linear.in_features, linear.out_features)
+                if self.dims.setdefault(m, shape) != shape:
+                    raise BadInput(f"{name}: {attribute} is {self.dims[m]} in the first layer and {shape} in layer {layer}; "
+                                   "only bases whose layers all have the same shapes are supported")
+                setattr(parent, attribute, Adapted(linear, m, layer, self.live))
+        model.set_output_embeddings(PickedHead(model.get_output_embeddings(), self.live))
+
+    @property
+    def device(self):
+        return self.model.device
+
+    def weight(self, m, layer):
+        """The frozen weight W [d_out, d_in] of module kind m."""
+        return self.linears[layer][m].weight
+
+    def logits(self, batch, adapters=None):
+        """Logits [N, vocabulary] at the N positions of `batch` (data.collate) that predict a continuation's token.
+
+        adapters: Adapters for the tasks that `batch.task` [R] counts, or None for the bare base. Rows are padded on
+        the right, so a causal mask alone keeps the padding out and a training batch needs no mask at all.
+        """
+        live = self.live
+        if adapters is not None:
+            live.A = {m: a.to(self.model.dtype).unbind(1) for m, a in adapters.A.items()}  # L tensors [T, r, d_in]
+            live.B = {m: b.to(self.model.dtype).unbind(1) for m, b in adapters.B.items()}
+            live.scale, live.task = adapters.scale, batch.task
+        live.at = batch.at
+        try:
+            return self.model(input_ids=batch.ids, use_cache=False, **self.tree(batch)).logits
+        finally:
+            live.A, live.B, live.task, live.at = {}, {}, None, None
+
+    def tree(self, batch):
+        """Mask and positions for rows that hold a prompt (segment 0) and then several continuations (1, 2, ...): each
+        continuation sees the prompt and itself, as if it stood alone. Sliding layers count distance in positions.
+        The masks are additive, [R, 1, S, S]. A batch with one continuation a row needs nothing of this."""
+        if batch.segments is None:
+            return {}
+        segments, positions = batch.segments, batch.positions                        # [R, S] each
+        index = torch.arange(segments.shape[1], device=segments.device)
+        sees = (index[:, None] >= index) & ((segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None]))
+        window = getattr(self.config, "sliding_window", None)
+        near = sees if not window else sees & (positions[:, :, None] - positions[:, None, :] < window)
+        def additive(allowed):
+            zeros = torch.zeros(allowed.shape, dtype=self.model.dtype, device=allowed.device)
+            return zeros.masked_fill_(~allowed, torch.finfo(zeros.dtype).min)[:, None]
+        if getattr(self.config, "layer_types", None):                                # Gemma 3, Qwen: a mask a layer type
+            mask = {kind: additive(near if kind == "sliding_attention" else sees) for kind in set(self.config.layer_types)}
+        else:                                                                        # Llama; Mistral, where all layers slide
+            mask = additive(near)
+        return {"attention_mask": mask, "position_ids": positions}
+
+
+def find_projections(model):
+    """For every decoder layer: {module kind: (parent module, attribute name)}; BadInput if there is no such decoder."""
+    best = []
+    for name, layers in model.named_modules():
+        if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
+            continue
+        rows = []
+        for layer in layers:
+            row = {}
+            for parent in layer.modules():
+                row.update({m: (parent, f"{m}_proj") for m in MODULES if isinstance(getattr(parent, f"{m}_proj", None), nn.Linear)})
+            rows.append(row)
+        if all(set(row) == set(MODULES) for row in rows):
+            return [{m: row[m] for m in MODULES} for row in rows]
+        best = max(best, sorted({m for row in rows for m in row}), key=len)
+    wanted = ", ".join(f"{m}_proj" for m in MODULES)
+    linears = sorted({name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
+    raise BadInput(f"{type(model).__name__} is not supported: looked in its layers for {wanted} as nn.Linear and found "
+                   f"{', '.join(m + '_proj' for m in best) or 'none of them'} (its linear modules: {', '.join(linears) or 'none'})")
+
+
+# ---------------------------------------------------------------------------------------------- loading
+disable_progress_bar()  # a bar for every base's weights would drown the training's own
+
+
+def load_base(spec, device="cpu", dtype=torch.float32):
+    """Load and patch the base that `spec` names (see `resolve`). Remote code is never run; weights come from
+    safetensors or GGUF only."""
+    name, where, revision, gguf = resolve(spec)
+    options = {"revision": revision, "trust_remote_code": False, **({"gguf_file": gguf} if gguf else {})}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32 if gguf else dtype,
+                                                     **({} if gguf else {"use_safetensors": True}), **options)
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    except Exception as error:                                                       # whatever the loader meets in a folder
+        raise BadInput(f"base {spec!r} could not be loaded from {where}: {first_sentence(error)}")
+    revision = getattr(model.config, "_commit_hash", None) or revision
+    if spec in TOY or pathlib.Path(where).is_dir():                                  # an alias, or a path that outlives a cd
+        where = spec if spec in TOY else str(pathlib.Path(where, gguf or "").resolve())
+    return Base(model.to(device, dtype), tokenizer, name, where, revision)
+
+
+def load_bases(specs, device="cpu", dtype=torch.float32):
+    names = [resolve(spec)[0] for spec in specs]
+    if len(set(names)) < len(names):
+        raise BadInput(f"bases {', '.join(specs)}: two of them have the same short name, which names their files")
+    return [load_base(spec, device, dtype) for spec in specs]
+
+
+def reload_base(provenance, device="cpu", dtype=torch.float32):
+    """The base that a converter's provenance names (its id and exact revision), under the name its files have."""
+    pinned = f"@{provenance['revision']}" if provenance["revision"] else ""
+    base = load_base(provenance["id"] + pinned, device, dtype)
+    base.name = provenance["base"]
+    return base
+
+
+def first_sentence(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,178 @@
+"""What the three commands share: bad input as one clear line, the flags, files written whole, the run folder.
+
+Nothing here is about the method; portal.py is the place to start reading.
+"""
+import argparse, contextlib, datetime, json, os, pathlib, shutil, sys
+
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parent
+OUT = pathlib.Path("out")
+TOY_SEEN, TOY_UNSEEN = ("toy-qwen-s", "toy-qwen-m"), ("toy-qwen-l", "toy-gemma")
+
+
+class BadInput(Exception):
+    """Something the user can mend. The message says what is wrong, where, and what is accepted."""
+
+
+def run_main(main):
+    """Run `main()`: BadInput becomes one line on stderr and exit code 2, never a traceback."""
+    try:
+        main()
+    except BadInput as error:
+        raise SystemExit(fail(error))
+    except KeyboardInterrupt:
+        print("interrupted; what was saved before is untouched", file=sys.stderr)
+        raise SystemExit(130)
+
+
+def fail(message):
+    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    return 2
+
+
+# ---------------------------------------------------------------------------------------------- flags
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line that names the option and what is accepted."""
+
+    def error(self, message):
+        if message.startswith("unrecognized arguments"):
+            message += "; accepted: " + " ".join(o for a in self._actions for o in a.option_strings if o.startswith("--"))
+        raise SystemExit(fail(message))
+
+
+def positive(kind):
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text!r} is not accepted: a {'whole ' * (kind is int)}number above 0 is")
+        return value
+    return parse
+
+
+def commas(kind=str):
+    def parse(text):
+        parts = [part.strip() for part in text.split(",")]
+        if not all(parts) or len(set(parts)) < len(parts):
+            raise argparse.ArgumentTypeError(f"{text!r} is not accepted: names separated by commas, none twice, are")
+        return [kind(part) for part in parts]
+    return parse
+
+
+def modules(text):
+    from portal import MODULES
+    chosen = list(MODULES) if text == "all" else commas()(text)
+    if not set(chosen) <= set(MODULES):
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: 'all' or some of {','.join(MODULES)} is")
+    return chosen
+
+
+def device(text):
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a device of this machine: cpu, cuda or cuda:0 are accepted")
+    return text
+
+
+def seed(text):
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: a whole number from 0 is")
+    return int(text)
+
+
+FLAGS = {  # one meaning everywhere; a default of None means "the preset below" or "what the run was trained with"
+    "run": dict(type=pathlib.Path, metavar="DIR", help="run folder (train: out/<bases>; else the run trained last)"),
+    "bases": dict(type=commas(), metavar="A,B", help="aliases, hub ids (org/name@revision), local folders or .gguf files"),
+    "to": dict(type=commas(), metavar="A,B", help="the bases to port to, named like --bases"),
+    "data": dict(type=pathlib.Path, metavar="DIR", help="folder of tasks: DIR/<task>/{train,eval}.jsonl"),
+    "tasks": dict(type=commas(), metavar="A,B", help="which tasks of the data folder (default: all)"),
+    "n": dict(type=positive(int), help="training rows a task, a seeded random sample (held-out rows are part of it)"),
+    "modules": dict(type=modules, help="adapted projections: q,v (default) or all"),
+    "norm": dict(choices=["layer", "none"], help="LayerNorm in the trunk, or the write-up's trunk as printed"),
+    "rank": dict(type=positive(int), help="rank of the generated adapters"),
+    "epochs": dict(type=positive(int), help="passes over the largest task"),
+    "batch-size": dict(type=positive(int), help="rows of every task in a round"),
+    "lr": dict(type=positive(float), help="learning rate of core and converter (z: twice that)"),
+    "seed": dict(type=seed, help="seed of everything random"),
+    "device": dict(type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="torch device"),
+    "dtype": dict(choices=["float32", "bfloat16", "float16"], help="dtype of the frozen base (CPU: float32, GPU: bfloat16)"),
+    "max-tokens": dict(type=positive(int), help="token budget of a micro-batch, padding included"),
+    "eval-rows": dict(type=positive(int), help="evaluation rows a task, a seeded random sample (default: all)"),
+    "overwrite": dict(action="store_true", help="replace what the run folder already holds"),
+}
+
+
+def parse(description, names, argv=None, **changes):
+    """Parse the shared flags `names` (spelled as on the command line); `changes` overrides one flag's settings."""
+    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in names.split():
+        parser.add_argument("--" + name, **{**FLAGS[name], **changes.get(name.replace("-", "_"), {})})
+    args = parser.parse_args(argv)
+    if "dtype" in args:
+        args.dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "bfloat16"))
+    return args
+
+
+# ---------------------------------------------------------------------------------------------- files
+def write_whole(path, write):
+    """Call `write(temporary path)` and rename: the file at `path` is the old one or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    write_whole(path, lambda p: p.write_text(json.dumps(value, indent=1) + "\n"))
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: not readable as JSON ({error})")
+
+
+def append_jsonl(path, row):
+    with open(path, "a") as f:
+        f.write(json.dumps(row) + "\n")
+
+
+def today():
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+# ---------------------------------------------------------------------------------------------- the run folder
+def find_run(run):
+    """`--run`, or the run trained last (the newest `trained` date in out/*/portal.json); prints which."""
+    if run is None:
+        found = [p for p in OUT.glob("*/portal.json")]
+        if not found:
+            raise BadInput(f"no run in {OUT}/: train one first (python train.py) or name one with --run DIR")
+        run = max(found, key=lambda p: read_json(p).get("trained", "")).parent
+    if not (run / "portal.json").exists():
+        raise BadInput(f"{run}: not a run folder (it has no portal.json); python train.py makes one")
+    print(f"run: {run}")
+    return run
+
+
+@contextlib.contextmanager
+def new_folder(path):
+    """Yield a new folder to fill; at the end it takes the place of `path`. If anything fails, `path` is as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new, old = (path.with_name(f".{path.name}.{which}{os.getpid()}") for which in ("new", "old"))
+    new.mkdir()
+    try:
+        yield new
+        if path.exists():
+            path.rename(old)
+        new.rename(path)
+    finally:
+        shutil.rmtree(new, ignore_errors=True), shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,192 @@
+"""PorTAL: a task learned once, in a form that belongs to no base model, and carried to new ones.
+
+    h     = act(W2 [ (1 + gamma(z_t)) * act(W1 [z_t ; e_l]) + beta(z_t) ])       FiLM trunk
+    A_hat = Head_A_m(h)   [r, d_c]        B_hat = Head_B_m(h)   [d_c, r]         one pair of heads a module kind m
+    A     = A_hat @ P_in  [r, d_in]       B     = P_out @ B_hat [d_out, r]       the aligner, one pair a module kind
+    y     = W x + (alpha / r) B (A x)                                            an ordinary LoRA from here on
+
+    z_t, W1, W2, gamma, beta, heads   belong to no base: learned once, then frozen   (latents, Core)
+    e_l, P_in, P_out                  belong to one base: refitted at every port     (Converter)
+
+Everything that adapts a base, this generator and the per-task LoRA alike, yields `Adapters`. Training, evaluation
+and export consume Adapters and know nothing else. Method: Geist, "PorTAL: Portable Task Adapters for LLMs", 2026.
+"""
+import dataclasses
+from typing import NamedTuple
+
+import safetensors, safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cli import BadInput, read_json, write_whole
+
+MODULES = ("q", "k", "v", "o", "gate", "up", "down")  # the seven projections of a decoder layer: q_proj, ...
+
+
+class Adapters(NamedTuple):
+    """LoRA factors of T tasks on all L layers of one base."""
+    A: dict                                                                          # {m: [T, L, r, d_in]}
+    B: dict                                                                          # {m: [T, L, d_out, r]}
+    scale: float                                                                     # alpha / r
+
+    def map(self, f):
+        """The same adapters with f applied to every tensor."""
+        return Adapters({m: f(a) for m, a in self.A.items()}, {m: f(b) for m, b in self.B.items()}, self.scale)
+
+    def tensors(self):
+        return [*self.A.values(), *self.B.values()]
+
+
+@dataclasses.dataclass
+class Config:
+    """What makes two runs comparable. The defaults are the write-up's sizes, but for `norm` (see Core)."""
+    tasks: list
+    modules: list = dataclasses.field(default_factory=lambda: ["q", "v"])
+    rank: int = 8
+    alpha: int = 16
+    d_z: int = 256                                                                   # task latent
+    d_e: int = 32                                                                    # layer embedding
+    hidden: int = 512                                                                # trunk
+    d_c: int = 1024                                                                  # core width
+    norm: str = "layer"                                                              # or "none", the write-up's trunk
+
+
+# ---------------------------------------------------------------------------------------------- belongs to no base
+class Core(nn.Module):
+    """The FiLM trunk and the heads. `norm="layer"` puts LayerNorm after W1 and after W2; "none" is the write-up's
+    trunk. B-heads and FiLM start at zero, so that the generated adapter starts as the identity (appendix A)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.W1 = nn.Linear(cfg.d_z + cfg.d_e, cfg.hidden)
+        self.W2 = nn.Linear(cfg.hidden, cfg.hidden)
+        self.film = nn.Linear(cfg.d_z, 2 * cfg.hidden)                               # z -> gamma, beta
+        self.norm1, self.norm2 = (nn.LayerNorm(cfg.hidden) if cfg.norm == "layer" else nn.Identity() for _ in "12")
+        self.head_A = nn.ModuleDict({m: nn.Linear(cfg.hidden, cfg.rank * cfg.d_c) for m in cfg.modules})
+        self.head_B = nn.ModuleDict({m: nn.Linear(cfg.hidden, cfg.d_c * cfg.rank) for m in cfg.modules})
+        for layer in (self.film, *self.head_B.values()):
+            nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+
+    def forward(self, z, e):
+        """z [T, d_z], e [L, d_e] -> {m: A_hat [T, L, r, d_c]}, {m: B_hat [T, L, d_c, r]}."""
+        T, L, r, d_c = len(z), len(e), self.cfg.rank, self.cfg.d_c
+        ze = torch.cat([z[:, None].expand(T, L, -1), e[None].expand(T, L, -1)], dim=-1)  # [T, L, d_z + d_e]
+        gamma, beta = self.film(z)[:, None].chunk(2, dim=-1)                         # [T, 1, hidden] each
+        h = F.gelu(self.norm1(self.W1(ze)))                                          # [T, L, hidden]
+        h = F.gelu(self.norm2(self.W2((1 + gamma) * h + beta)))                      # [T, L, hidden]
+        return ({m: head(h).view(T, L, r, d_c) for m, head in self.head_A.items()},
+                {m: head(h).view(T, L, d_c, r) for m, head in self.head_B.items()})
+
+
+# ---------------------------------------------------------------------------------------------- belongs to one base
+class Converter(nn.Module):
+    """Layer embeddings e and the aligner P_in, P_out of one base with `layers` layers and `dims` {m: (d_in, d_out)}.
+
+    At a port the core is already trained and its B-heads are no longer zero: `port=True` starts P_out at zero
+    instead, so that a port, too, starts at the identity.
+    """
+
+    def __init__(self, cfg, layers, dims, port=False):
+        super().__init__()
+        self.e = nn.Parameter(torch.randn(layers, cfg.d_e))
+        self.P_in = nn.ParameterDict({m: 0.02 * torch.randn(cfg.d_c, dims[m][0]) for m in cfg.modules})
+        self.P_out = nn.ParameterDict({m: (0 if port else 0.02) * torch.randn(dims[m][1], cfg.d_c) for m in cfg.modules})
+
+
+class Portal:
+    """Latents, core and the converters of every base the run knows."""
+
+    def __init__(self, cfg):
+        self.cfg = cfg
+        self.z = nn.Parameter(0.02 * torch.randn(len(cfg.tasks), cfg.d_z))           # [T, d_z]
+        self.core = Core(cfg)
+        self.converters = {}                                                         # {base name: Converter}
+
+    def adapters(self, base, z=None):
+        """Generate the adapters of every task (or of the latents `z` [T, d_z]) for one base, with their graph."""
+        converter = self.converters[base]
+        A_hat, B_hat = self.core(self.z if z is None else z, converter.e)
+        return Adapters({m: A_hat[m] @ converter.P_in[m] for m in self.cfg.modules},   # [T, L, r, d_in]
+                        {m: converter.P_out[m] @ B_hat[m] for m in self.cfg.modules},  # [T, L, d_out, r]
+                        self.cfg.alpha / self.cfg.rank)
+
+    def to(self, device):
+        self.z.data = self.z.data.to(device)
+        for module in (self.core, *self.converters.values()):
+            module.to(device)
+        return self
+
+
+# ---------------------------------------------------------------------------------------------- on disk
+def save_tensors(path, tensors):
+    """Write {name: tensor} as safetensors, whole or not at all."""
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    write_whole(path, lambda p: safetensors.torch.save_file(tensors, p))
+
+
+def load_tensors(path):
+    """Read a safetensors file; BadInput if it is missing, truncated or something else."""
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise BadInput(f"{path}: not a whole safetensors file ({error}); restore it or run the command that made it again")
+
+
+def load_into(module, path):
+    try:
+        module.load_state_dict(load_tensors(path))
+    except RuntimeError:
+        raise BadInput(f"{path}: its tensors do not fit this run's portal.json (another configuration's file?)")
+
+
+def save_portal(run, portal, final=False):
+    """Latents, core and converters; `final=True`: the last epoch's, beside the selected one's."""
+    folder = run / "final" if final else run
+    save_tensors(folder / "core.safetensors", portal.core.state_dict())
+    save_tensors(folder / "latents.safetensors", {"z": portal.z})
+    for name in portal.converters:
+        save_converter(run, portal, name, name, final)
+
+
+def save_converter(run, portal, name, tag, final=False):
+    """The converter of base `name` as converters/<tag>.safetensors (a sweep's tags are <base>@<n>)."""
+    folder = run / "final" if final else run
+    save_tensors(folder / "converters" / f"{tag}.safetensors", portal.converters[name].state_dict())
+
+
+def load_config(run):
+    """(portal.json as a dict, Config); BadInput if it is not one of ours."""
+    saved = read_json(run / "portal.json")
+    try:
+        return saved, Config(**saved["config"])
+    except (KeyError, TypeError) as error:
+        raise BadInput(f"{run / 'portal.json'}: not a PorTAL configuration ({error})")
+
+
+def load_converter(cfg, path):
+    tensors = load_tensors(path)
+    try:
+        dims = {m: (tensors[f"P_in.{m}"].shape[1], tensors[f"P_out.{m}"].shape[0]) for m in cfg.modules}
+        converter = Converter(cfg, len(tensors["e"]), dims)
+    except (KeyError, IndexError):
+        raise BadInput(f"{path}: its tensors do not fit this run's portal.json (another configuration's file?)")
+    load_into(converter, path)
+    return converter
+
+
+def load_portal(run, final=False):
+    """A saved run as a Portal with all its converters: the selected epoch, or the last one where `final/` has it."""
+    _, cfg = load_config(run)
+    def at(name):
+        return run / "final" / name if final and (run / "final" / name).exists() else run / name
+    portal = Portal(cfg)
+    load_into(portal.core, at("core.safetensors"))
+    z = load_tensors(at("latents.safetensors")).get("z")
+    if z is None or z.shape != portal.z.shape:
+        raise BadInput(f"{at('latents.safetensors')}: its tensors do not fit this run's portal.json")
+    portal.z.data = z
+    for path in sorted((run / "converters").glob("*.safetensors")):
+        portal.converters[path.stem] = load_converter(cfg, at(f"converters/{path.name}"))
+    return portal

@@ -1,0 +1,120 @@
+"""Tiny random models in the real architectures, a word tokenizer, and a plain forward pass to compare with."""
+import os, pathlib, sys
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported anywhere
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration, Gemma3TextConfig, LlamaConfig,
+                          LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast, Qwen2Config,
+                          Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
+
+import cli
+from bases import Base
+
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped without one")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+SMALL = dict(vocab_size=64, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+             intermediate_size=40, max_position_embeddings=128, initializer_range=0.3, head_dim=8)
+GEMMA = dict(SMALL, sliding_window=5, layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+             query_pre_attn_scalar=8)
+ARCHITECTURES = {
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**{k: v for k, v in SMALL.items() if k != "head_dim"})),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=5)),
+    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**GEMMA)),
+    "gemma3-multimodal": lambda: Gemma3ForConditionalGeneration(Gemma3Config(
+        text_config=Gemma3TextConfig(**GEMMA),
+        vision_config=dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4),
+        mm_tokens_per_image=4, image_token_index=60, boi_token_index=61, eoi_token_index=62)),
+}
+
+
+def tiny_model(architecture="qwen3", seed=0, dtype=torch.float32):
+    torch.manual_seed(seed)
+    return ARCHITECTURES[architecture]().to(dtype).eval()
+
+
+def exact_norms(model):
+    """Hugging Face's RMSNorms compute in float32 whatever the dtype; in a float64 comparison that is all the noise."""
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            eps = getattr(module, "variance_epsilon", None) or module.eps
+            shift = 1.0 if "Gemma" in type(module).__name__ else 0.0
+            module.forward = lambda x, m=module, e=eps, s=shift: x * (x.pow(2).mean(-1, keepdim=True) + e).rsqrt() * (s + m.weight)
+    return model
+
+
+def tiny_tokenizer(bos=False):
+    words = ["<pad>", "<bos>", "<unk>", "<eos>"] + [f"w{i}" for i in range(50)] + ["Answer", ":"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
+
+
+def tiny_base(architecture="qwen3", seed=0, dtype=torch.float32, bos=False, name="tiny"):
+    return Base(tiny_model(architecture, seed, dtype), tiny_tokenizer(bos), name)
+
+
+def save_tiny(folder, architecture="qwen3", seed=0):
+    """A tiny base as a Hugging Face folder."""
+    tiny_model(architecture, seed).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def lora_hooks(model, A, B, scale):
+    """An independent reference: one task's factors {m: [L, ...]} added by forward hooks on an unpatched model."""
+    text = model.model.language_model if hasattr(model.model, "language_model") else model.model
+    handles = []
+    for layer, block in enumerate(text.layers):
+        for name, module in block.named_modules():
+            m = name.split(".")[-1].removesuffix("_proj")
+            if m in A and isinstance(module, torch.nn.Linear):
+                def hook(_, args, y, a=A[m][layer], b=B[m][layer]):
+                    return y + scale * (args[0] @ a.T @ b.T)
+                handles.append(module.register_forward_hook(hook))
+    return handles
+
+
+def write_task(folder, task, train=12, evaluation=6, seed=0):
+    """A task of the JSONL format over the tiny tokenizer's words: rows of 2 to 9 words, 2 to 4 choices of 1 to 3 words."""
+    import json, random
+    rng = random.Random(f"{seed}{task}")
+    (folder / task).mkdir(parents=True, exist_ok=True)
+    for split, n in (("train", train), ("eval", evaluation)):
+        rows = []
+        for _ in range(n):
+            choices = [" " + " ".join(rng.sample([f"w{i}" for i in range(50)], rng.randint(1, 3))) for _ in range(rng.randint(2, 4))]
+            rows.append({"task": task, "prompt": " ".join(f"w{rng.randrange(50)}" for _ in range(rng.randint(2, 9))),
+                         "choices": choices, "gold_idx": rng.randrange(len(choices))})
+        (folder / task / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """A working folder with three tasks under data/ and three tiny bases; `out/` is this folder's own."""
+    monkeypatch.chdir(tmp_path)
+    for k, task in enumerate(("one", "two", "three")):
+        write_task(tmp_path / "data", task, train=12 - 4 * k)
+    for seed, (name, architecture) in enumerate((("base-a", "qwen3"), ("base-b", "llama"), ("base-c", "gemma3"))):
+        save_tiny(tmp_path / name, architecture, seed)
+    return tmp_path
+
+
+SIZES = dict(d_z=8, d_e=4, hidden=16, d_c=12, rank=4, alpha=8)  # of a tiny Portal

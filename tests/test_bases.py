@@ -1,0 +1,164 @@
+"""A patched base: the same model when nothing is adapted, PEFT's logits when something is, in six architectures."""
+import copy
+
+import gguf, numpy as np, peft, pytest, torch
+from conftest import ARCHITECTURES, lora_hooks, save_tiny, tiny_base, tiny_model, tiny_tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from bases import Base, find_projections, load_base, load_bases, resolve
+from cli import BadInput
+from data import Item, Row, collate
+from portal import MODULES, Adapters
+
+
+def random_adapters(base, tasks=3, rank=4, modules=MODULES, seed=0, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    A = {m: 0.3 * torch.randn(tasks, base.layers, rank, base.dims[m][0], generator=g).to(dtype) for m in modules}
+    B = {m: 0.3 * torch.randn(tasks, base.layers, base.dims[m][1], rank, generator=g).to(dtype) for m in modules}
+    return Adapters(A, B, 2.0)
+
+
+def items(n_choices=1, seed=0):
+    g = np.random.default_rng(seed)
+    def tokens(low, high):
+        return g.integers(4, 56, g.integers(low, high)).tolist()
+    return [Item(t, tokens(3, 12), [tokens(1, 5) for _ in range(n_choices)], Row("t", "", [], 0)) for t in (0, 2, 1, 2)]
+
+
+def plain_log_p(model, item, tokens):
+    """log p of each token after the item's prompt, by one unpadded forward pass of an unpatched model."""
+    ids = torch.tensor([item.prompt + tokens])
+    log_p = model(input_ids=ids).logits.float().log_softmax(-1)[0]
+    return torch.stack([log_p[len(item.prompt) + i - 1, t] for i, t in enumerate(tokens)])
+
+
+def of_task(adapters, t):
+    return {m: a[t] for m, a in adapters.A.items()}, {m: b[t] for m, b in adapters.B.items()}, adapters.scale
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("n_choices", [1, 3])
+@torch.no_grad()
+def test_mixed_padded_rows_equal_one_row_at_a_time(architecture, n_choices):
+    """Padding, several tasks in a batch, several continuations behind one prompt, sliding windows: none may matter."""
+    base, model = tiny_base(architecture), tiny_model(architecture)
+    adapters, rows = random_adapters(base), items(n_choices)
+    batch = collate(rows)
+    logits = base.logits(batch, adapters).log_softmax(-1)
+    got = logits[batch.source, batch.target]
+    want = []
+    for item in rows:
+        handles = lora_hooks(model, *of_task(adapters, item.task))
+        want += [plain_log_p(model, item, tokens) for tokens in item.continuations]
+        for h in handles:
+            h.remove()
+    torch.testing.assert_close(got, torch.cat(want), rtol=1e-4, atol=1e-4)
+    different = tiny_base(architecture).logits(batch)
+    assert (different.log_softmax(-1)[batch.source, batch.target] - got).abs().max() > 0.05  # the adapters do something
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@torch.no_grad()
+def test_zero_adapters_leave_the_logits_bit_identical(architecture):
+    base = tiny_base(architecture)
+    adapters = random_adapters(base)
+    zero = Adapters(adapters.A, {m: torch.zeros_like(b) for m, b in adapters.B.items()}, 2.0)
+    for n_choices in (1, 3):
+        batch = collate(items(n_choices))
+        bare = base.logits(batch)
+        assert torch.equal(base.logits(batch, zero), bare)
+    ids = torch.tensor([items()[0].prompt])
+    assert torch.equal(base.model(input_ids=ids).logits, tiny_model(architecture)(input_ids=ids).logits)
+
+
+@torch.no_grad()
+def test_peft_gives_the_same_logits():
+    base, adapters, rows = tiny_base(), random_adapters(tiny_base()), items()
+    batch = collate(rows)
+    got = base.logits(batch, adapters).log_softmax(-1)[batch.source, batch.target]
+    want = []
+    for item in rows:
+        A, B, scale = of_task(adapters, item.task)
+        model = peft.get_peft_model(tiny_model(), peft.LoraConfig(
+            r=4, lora_alpha=4 * scale, target_modules=[f"{m}_proj" for m in MODULES]))
+        state = {}
+        for name, module in model.named_modules():
+            if isinstance(module, peft.tuners.lora.Linear):
+                m, layer = name.split(".")[-1].removesuffix("_proj"), int(name.split("layers.")[1].split(".")[0])
+                module.lora_A["default"].weight.copy_(A[m][layer]), module.lora_B["default"].weight.copy_(B[m][layer])
+        want.append(plain_log_p(model.eval(), item, item.continuations[0]))
+    torch.testing.assert_close(got, torch.cat(want), rtol=1e-4, atol=1e-5)
+
+
+def test_shapes_are_read_from_the_layers():
+    base = tiny_base("qwen3")
+    assert base.layers == 3
+    assert base.dims == {"q": (24, 32), "k": (24, 16), "v": (24, 16), "o": (32, 24), "gate": (24, 40), "up": (24, 40), "down": (40, 24)}
+    assert base.weight("down", 2).shape == (24, 40)
+    assert not any(p.requires_grad for p in base.model.parameters())
+
+
+def test_an_unsupported_model_says_what_was_looked_for_and_found():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2))
+    with pytest.raises(BadInput, match="GPT2LMHeadModel is not supported.*q_proj, k_proj.*found none of them.*lm_head"):
+        find_projections(model)
+
+
+# ------------------------------------------------------------------------------------------------ finding and loading
+def test_resolve(tmp_path):
+    assert resolve("qwen3-1.7b")[:3] == ("qwen3-1.7b", "Qwen/Qwen3-1.7B", None)
+    assert resolve("Some-Org/My.Model-7B@v1.0")[:3] == ("my.model-7b", "Some-Org/My.Model-7B", "v1.0")
+    assert resolve("toy-gemma")[0] == "toy-gemma"
+    with pytest.raises(BadInput, match="unknown base 'qwen9'.*accepted are.*toy-qwen-s.*qwen3-1.7b"):
+        resolve("qwen9")
+    with pytest.raises(BadInput, match="no such .gguf"):
+        resolve("nothing.gguf")
+    with pytest.raises(BadInput, match="not a model: it has no config.json"):
+        resolve(str(tmp_path))
+
+
+def test_a_folder_loads_and_a_broken_one_is_named(tmp_path):
+    folder = save_tiny(tmp_path / "My-Base")
+    base = load_base(str(folder))
+    assert base.name == "my-base" and base.origin == str(folder)
+    with pytest.raises(BadInput, match="same short name"):
+        load_bases([str(folder), str(folder)])
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(BadInput, match="could not be loaded"):
+        load_base(str(folder))
+    weights.unlink()
+    torch.save({}, folder / "pytorch_model.bin")  # a pickle is never read
+    with pytest.raises(BadInput, match="could not be loaded"):
+        load_base(str(folder))
+
+
+def test_a_gguf_file_loads_with_the_same_logits(tmp_path):
+    """A llama written tensor by tensor with the gguf library, float32."""
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    c, path = model.config, tmp_path / "Tiny.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(128), writer.add_embedding_length(24), writer.add_block_count(3), writer.add_feed_forward_length(40)
+    writer.add_head_count(4), writer.add_head_count_kv(2), writer.add_layer_norm_rms_eps(c.rms_norm_eps), writer.add_rope_dimension_count(8)
+    writer.add_vocab_size(64), writer.add_rope_freq_base(10000.0), writer.add_key_length(8), writer.add_value_length(8)
+    tokens = ["t", "1", "t1"] + [f"word{i}" for i in range(61)]
+    writer.add_tokenizer_model("gpt2"), writer.add_token_list(tokens), writer.add_token_merges(["t 1"])
+    writer.add_bos_token_id(1), writer.add_eos_token_id(2), writer.add_token_types([1] * 64)
+    def permuted(w, heads):  # llama.cpp stores q and k with their rotary halves interleaved
+        return w.reshape(heads, 2, w.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(w.shape)
+    names = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output", "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down"}
+    writer.add_tensor("token_embd.weight", model.model.embed_tokens.weight.detach().numpy())
+    writer.add_tensor("output_norm.weight", model.model.norm.weight.detach().numpy())
+    writer.add_tensor("output.weight", model.lm_head.weight.detach().numpy())
+    for i, layer in enumerate(model.model.layers):
+        for m in MODULES:
+            w = getattr(layer.self_attn if m in "qkvo" else layer.mlp, f"{m}_proj").weight.detach().numpy()
+            writer.add_tensor(f"blk.{i}.{names[m]}.weight", np.ascontiguousarray(permuted(w, {"q": 4, "k": 2}[m]) if m in "qk" else w))
+        writer.add_tensor(f"blk.{i}.attn_norm.weight", layer.input_layernorm.weight.detach().numpy())
+        writer.add_tensor(f"blk.{i}.ffn_norm.weight", layer.post_attention_layernorm.weight.detach().numpy())
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+    base = load_base(str(path))
+    assert base.name == "tiny" and base.layers == 3
+    batch = collate(items())
+    want = Base(model, tokenizer).logits(batch)
+    torch.testing.assert_close(base.logits(batch), want, rtol=1e-4, atol=1e-4)
