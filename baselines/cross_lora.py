@@ -1,0 +1,84 @@
+"""Carrying a LoRA to another base without training: Cross-LoRA (Xia et al., 2025, arXiv 2508.05232) and two controls.
+
+Cross-LoRA expresses the source's delta in the singular subspace of the source's weight and re-expresses it in that of
+the target's. Its alignment as printed multiplies U_s^T by U_t, which has no meaning where the widths differ. The
+well-posed form used here, for W = U S V^T truncated to the leading k directions on both sides:
+
+    delta_t = U_t (U_s^T delta_s V_s) V_t^T        so   B_t = U_t (U_s^T B_s),   A_t = (A_s V_s) V_t^T
+
+which aligns the subspaces direction by direction: the i-th direction of the source is taken for the i-th of the target.
+  order   by singular value, largest first;
+  signs   (u_i, v_i) and (-u_i, -v_i) are the same direction of W; the one whose entries have the larger sum of cubes
+          (u_i and v_i together) is taken, on both sides: a rule that needs no common coordinates;
+  layers  target layer l takes the source layer at the same relative depth, round(l (L_s - 1) / (L_t - 1)).
+
+Controls: `copy` uses the source's A and B as they are, cut or zero-padded where the shapes differ; `random` puts a random
+delta of the source delta's Frobenius norm in its place. None of the three has epochs: "best" and "final" are one.
+"""
+import sys
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from baselines.lora import load_adapters, save_adapters
+from portal import Adapters
+
+K = 320                                                                              # leading singular directions kept
+
+
+def same_depth(l, layers, source_layers):
+    """The source layer at target layer l's relative depth."""
+    return round(l * (source_layers - 1) / max(1, layers - 1))
+
+
+def subspace(W):
+    """W [d_out, d_in] -> U [d_out, k], V [d_in, k], ordered by singular value, signs fixed."""
+    U, _, Vt = torch.linalg.svd(W.float(), full_matrices=False)
+    U, V = U[:, :K], Vt[:K].T
+    sign = torch.where((U ** 3).sum(0) + (V ** 3).sum(0) < 0, -1.0, 1.0)
+    return U * sign, V * sign
+
+
+def cross_lora(A, B, W_source, W_target):
+    """A [T, r, d_in], B [T, d_out, r] of the source -> the target's."""
+    (U_s, V_s), (U_t, V_t) = subspace(W_source), subspace(W_target)
+    k = min(U_s.shape[1], U_t.shape[1])
+    return A @ V_s[:, :k] @ V_t[:, :k].T, U_t[:, :k] @ (U_s[:, :k].T @ B)
+
+
+def copy(A, B, W_source, W_target):
+    d_out, d_in = W_target.shape
+    return F.pad(A, (0, d_in - A.shape[-1])), F.pad(B, (0, 0, 0, d_out - B.shape[-2]))  # a negative pad cuts
+
+
+def random(A, B, W_source, W_target, generator):
+    d_out, d_in = W_target.shape
+    new_A = torch.randn(*A.shape[:2], d_in, generator=generator).to(A.device)
+    new_B = torch.randn(B.shape[0], d_out, B.shape[2], generator=generator).to(A.device)
+    return new_A, new_B * (delta_norm(A, B) / delta_norm(new_A, new_B))[:, None, None]
+
+
+def delta_norm(A, B):
+    """||B A||_F for each task [T], from r x r products: tr(B^T B A A^T)."""
+    return ((B.transpose(1, 2) @ B) * (A @ A.transpose(1, 2))).sum((1, 2)).clamp(min=0).sqrt()
+
+
+def transfer(method, adapters, source, target):
+    """The source base's Adapters, layer by layer through `method`, as Adapters of the target base."""
+    A, B = {}, {}
+    for m in tqdm(adapters.A, desc=f"transfer to {target.name}", delay=2, leave=False, disable=not sys.stderr.isatty()):
+        pairs = [method(adapters.A[m][:, s], adapters.B[m][:, s], source.weight(m, s), target.weight(m, l))
+                 for l in range(target.layers) for s in [same_depth(l, target.layers, source.layers)]]
+        A[m], B[m] = (torch.stack(side, 1).contiguous() for side in zip(*pairs))     # [T, L, ...]
+    return Adapters(A, B, adapters.scale)
+
+
+def transfer_all(run, tag, target, source, seed):
+    """Carry the source's saved LoRAs over in the three ways and save them as baselines/<method>/<tag>; -> the names."""
+    lora = load_adapters(run / "baselines" / "lora" / f"{source.name}.safetensors", source.device)
+    generator = torch.Generator().manual_seed(seed)
+    methods = {"cross_lora": cross_lora, "copy": copy, "random": lambda *args: random(*args, generator)}
+    for name, method in methods.items():
+        save_adapters(run / "baselines" / name / f"{tag}.safetensors", transfer(method, lora, source, target))
+    return tuple(methods)

@@ -1,0 +1,75 @@
+"""Per-task LoRA, the yardstick: rank 16, alpha 32, all seven projections, one LoRA a task (appendix A).
+
+T independent LoRAs are trained in one go: they share every forward pass of the frozen base, since a batch may mix
+tasks, and nothing else. Each has its own optimiser, schedule, gradient clip and selected epoch, so each ends where it
+would have ended alone; a small task simply sits out the rounds that its own epoch no longer has.
+"""
+import time
+
+import torch
+from torch import nn
+
+from cli import BadInput, today, write_json
+from portal import MODULES, Adapters, load_tensors, save_tensors
+from train import Learner, fit, rounds_of
+
+RANK, ALPHA = 16, 32
+
+
+class TaskLoRAs:
+    """A and B themselves are the parameters, a tensor a task, so that a task that sits out is left alone by AdamW."""
+
+    def __init__(self, n_tasks, base, modules=MODULES, rank=RANK, alpha=ALPHA):
+        L, self.scale = base.layers, alpha / rank
+        def parameter(values):
+            return nn.Parameter(values.to(base.device))
+        self.A, self.B = {}, {}
+        for m in modules:                                                            # A as nn.Linear and PEFT have it
+            d_in, d_out = base.dims[m]
+            self.A[m] = [parameter((2 * torch.rand(L, rank, d_in) - 1) * d_in ** -0.5) for _ in range(n_tasks)]
+            self.B[m] = [parameter(torch.zeros(L, d_out, rank)) for _ in range(n_tasks)]
+
+    def adapters(self, base=None):
+        return Adapters({m: torch.stack(a) for m, a in self.A.items()},              # [T, L, r, d_in]
+                        {m: torch.stack(b) for m, b in self.B.items()}, self.scale)  # [T, L, d_out, r]
+
+    def of(self, t):
+        """The parameters of task t."""
+        return [side[m][t] for side in (self.A, self.B) for m in side]
+
+
+def fit_lora(run, tag, base, rows, n, seed, settings):
+    """Fit the LoRAs of all tasks on `rows` {task: (train, held out)} and save them as baselines/lora/<tag>."""
+    torch.manual_seed(seed)
+    loras = TaskLoRAs(len(rows), base)
+    learners = [Learner([{"params": loras.of(t), "lr": settings["lr"]}], [task],
+                        rounds_of(train, settings["batch_size"]), settings["epochs"])
+                for t, (task, (train, _)) in enumerate(rows.items())]
+    start = time.time()
+    fit(f"LoRA {tag}", [base], loras.adapters, learners, rows, seed=seed, log=run / "log.jsonl", ema=False,
+        **{k: settings[k] for k in ("epochs", "batch_size", "max_tokens")})
+    final = run / "final" / "baselines" / "lora" / f"{tag}.safetensors"
+    final.unlink(missing_ok=True)
+    if any(learner.epoch < settings["epochs"] for learner in learners):
+        save_adapters(final, loras.adapters())
+    for learner in learners:
+        learner.load_best()
+    path = run / "baselines" / "lora" / f"{tag}.safetensors"
+    save_adapters(path, loras.adapters())
+    write_json(path.with_suffix(".json"), dict(
+        base=base.name, id=base.origin, revision=base.revision, n=n, seed=seed, epochs=settings["epochs"],
+        epoch_selected={task: learner.epoch for task, learner in zip(rows, learners)},
+        seconds=round(time.time() - start, 1), date=today()))
+
+
+def save_adapters(path, adapters):
+    save_tensors(path, {**{f"A.{m}": a for m, a in adapters.A.items()}, **{f"B.{m}": b for m, b in adapters.B.items()},
+                        "scale": torch.tensor(adapters.scale)})
+
+
+def load_adapters(path, device="cpu"):
+    tensors = {name: tensor.to(device) for name, tensor in load_tensors(path).items()}
+    if "scale" not in tensors:
+        raise BadInput(f"{path}: holds no adapters")
+    side = lambda s: {name[2:]: tensor for name, tensor in tensors.items() if name.startswith(s)}
+    return Adapters(side("A."), side("B."), float(tensors["scale"]))

@@ -1,0 +1,134 @@
+"""Per-task LoRA: all at once equals one at a time, and PEFT's training. Cross-LoRA: what its algebra promises."""
+import peft, torch
+from conftest import tiny_base, tiny_model
+from test_bases import random_adapters
+
+from baselines.cross_lora import copy, cross_lora, delta_norm, random, same_depth, subspace, transfer
+from baselines.lora import TaskLoRAs, load_adapters, save_adapters
+from data import Cycle, Row, encode
+from portal import MODULES, Adapters
+from train import Learner, fit, rounds_of
+
+
+def rows_of(sizes):
+    return {t: ([Row(t, f"w{i} w{k}", [" w1", f" w{(7 * i + k) % 40}"], 1) for i in range(n)],
+                [Row(t, f"w{i} w{k}", [" w2", f" w{(7 * i + k) % 40}"], 1) for i in range(2)])
+            for k, (t, n) in enumerate(sizes.items(), 1)}
+
+
+def test_all_tasks_at_once_end_where_each_alone_would(tmp_path):
+    """Tasks of 9, 4 and 2 rows: unequal epochs, schedules, clips and selections, and none may leak into another.
+    In float64, since AdamW turns the sign of a gradient of 1e-9 into a full step."""
+    rows, base = rows_of({"one": 9, "two": 4, "three": 2}), tiny_base(dtype=torch.float64)
+    def new():
+        torch.manual_seed(0)
+        torch.set_default_dtype(torch.float64)
+        try:
+            return TaskLoRAs(3, base)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    def train(tasks):
+        loras = new()
+        part = {t: rows[t] for t in rows if t in tasks}
+        index = [list(rows).index(t) for t in part]
+        generate = lambda _: Adapters(
+            {m: torch.stack([a[t] for t in index]) for m, a in loras.A.items()},
+            {m: torch.stack([b[t] for t in index]) for m, b in loras.B.items()}, loras.scale)
+        learners = [Learner([{"params": loras.of(i), "lr": 1e-2}], [t], rounds_of(rows[t][0], 2), 2) for t, i in zip(part, index)]
+        fit("test", [base], generate, learners, part, seed=0, log=tmp_path / "log.jsonl", ema=False,
+            epochs=2, batch_size=2, max_tokens=200)
+        return loras, learners
+    together, learners = train(["one", "two", "three"])
+    for t, task in enumerate(rows):
+        alone, (learner,) = train([task])
+        assert learner.epoch == learners[t].epoch
+        for got, want in zip(together.of(t), alone.of(t), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-8)
+    assert all(b[0].any() for b in together.B.values()) and not torch.equal(together.A["q"][0], new().A["q"][0])
+
+
+def test_training_equals_pefts(tmp_path):
+    """The same initial A, the same batches, torch's own AdamW around PEFT's model: the same B after three rounds."""
+    base, rows = tiny_base(), rows_of({"one": 6})
+    torch.manual_seed(0)
+    loras = TaskLoRAs(1, base, rank=4, alpha=8)
+    model = peft.get_peft_model(tiny_model(), peft.LoraConfig(r=4, lora_alpha=8, target_modules=[f"{m}_proj" for m in MODULES]))
+    places = {}
+    for name, module in model.named_modules():
+        if isinstance(module, peft.tuners.lora.Linear):
+            m, layer = name.split(".")[-1].removesuffix("_proj"), int(name.split("layers.")[1].split(".")[0])
+            places[m, layer] = module
+            module.lora_A["default"].weight.data.copy_(loras.A[m][0][layer])
+    learner = Learner([{"params": loras.of(0), "lr": 1e-2}], ["one"], 3, 1)
+    fit("test", [base], loras.adapters, [learner], rows, seed=0, log=tmp_path / "log.jsonl", ema=False,
+        epochs=1, batch_size=2, max_tokens=200)
+    cycle = Cycle(encode(base.tokenizer, rows["one"][0], ["one"], choices="gold")[0], 2, "0/tiny/one")
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=1e-2, weight_decay=0.0)
+    for rate in (1e-2, 1e-2, 0.5e-2):
+        optimizer.param_groups[0]["lr"] = rate
+        batch = cycle.next()
+        ids = torch.tensor([i.prompt + i.continuations[0] for i in batch])
+        labels = torch.tensor([[-100] * len(i.prompt) + i.continuations[0] for i in batch])
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+    for (m, layer), module in places.items():
+        torch.testing.assert_close(loras.B[m][0][layer], module.lora_B["default"].weight, rtol=1e-3, atol=1e-4)
+
+
+def test_saved_adapters_load_back(tmp_path):
+    adapters = random_adapters(tiny_base())
+    save_adapters(tmp_path / "a.safetensors", adapters)
+    loaded = load_adapters(tmp_path / "a.safetensors")
+    assert loaded.scale == adapters.scale and all(torch.equal(x, loaded.B[m]) for m, x in adapters.B.items())
+
+
+def test_cross_lora_onto_the_same_weight_is_the_same_delta():
+    torch.manual_seed(0)
+    W, A, B = torch.randn(12, 12), torch.randn(2, 4, 12), torch.randn(2, 12, 4)
+    new_A, new_B = cross_lora(A, B, W, W)
+    torch.testing.assert_close(new_B @ new_A, B @ A, rtol=1e-4, atol=1e-4)
+
+
+def test_cross_lora_follows_a_rotation_of_the_target():
+    """W_t = Q W_s R^T holds the same map in other coordinates, wider ones: the delta must come out as Q delta R^T."""
+    torch.manual_seed(0)
+    W, A, B = torch.randn(10, 10), torch.randn(1, 3, 10), torch.randn(1, 10, 3)
+    Q, R = torch.linalg.qr(torch.randn(16, 10))[0], torch.linalg.qr(torch.randn(14, 10))[0]
+    new_A, new_B = cross_lora(A, B, W, Q @ W @ R.T)
+    (U_s, V_s), (U_t, V_t) = subspace(W), subspace(Q @ W @ R.T)
+    flips = torch.sign((U_t[:, :10] * (Q @ U_s)).sum(0))                             # the sign rule may flip a pair
+    want = (Q @ U_s * flips) @ (U_s.T @ (B @ A)[0] @ V_s) @ (R @ V_s * flips).T
+    assert new_A.shape == (1, 3, 14) and new_B.shape == (1, 16, 3)
+    torch.testing.assert_close((new_B @ new_A)[0], want, rtol=1e-3, atol=1e-3)
+
+
+def test_signs_and_order_are_fixed():
+    torch.manual_seed(0)
+    W = torch.randn(9, 7)
+    U, V = subspace(W)
+    assert (((U ** 3).sum(0) + (V ** 3).sum(0)) >= 0).all()
+    strength = (U.T @ W @ V).diag()
+    assert (strength > 0).all() and (strength[:-1] >= strength[1:]).all()
+
+
+def test_controls():
+    torch.manual_seed(0)
+    A, B = torch.randn(2, 4, 6), torch.randn(2, 8, 4)
+    W_s, wider, narrower = torch.randn(8, 6), torch.randn(10, 9), torch.randn(5, 4)
+    new_A, new_B = copy(A, B, W_s, wider)
+    assert torch.equal(new_A[..., :6], A) and not new_A[..., 6:].any() and torch.equal(new_B[:, :8], B) and not new_B[:, 8:].any()
+    new_A, new_B = copy(A, B, W_s, narrower)
+    assert torch.equal(new_A, A[..., :4]) and torch.equal(new_B, B[:, :5])
+    new_A, new_B = random(A, B, W_s, wider, torch.Generator().manual_seed(0))
+    torch.testing.assert_close((new_B @ new_A).flatten(1).norm(dim=1), (B @ A).flatten(1).norm(dim=1))
+    torch.testing.assert_close(delta_norm(A, B), (B @ A).flatten(1).norm(dim=1))
+
+
+def test_layers_are_matched_by_relative_depth():
+    assert [same_depth(l, 5, 3) for l in range(5)] == [0, 0, 1, 2, 2] and [same_depth(l, 3, 5) for l in range(3)] == [0, 2, 4]
+    source, target = tiny_base("qwen3"), tiny_base("qwen2", seed=1)
+    adapters = transfer(cross_lora, random_adapters(source), source, target)
+    assert {m: (a.shape[-1], adapters.B[m].shape[-2]) for m, a in adapters.A.items()} == target.dims

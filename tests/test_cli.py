@@ -1,0 +1,205 @@
+"""The three commands end to end on tiny bases, and bad input: one line on stderr, exit code 2, nothing saved lost."""
+import hashlib, json, os, pathlib, subprocess, sys
+
+import pytest
+import torch
+from conftest import save_tiny, write_task
+
+import cli, data, eval as evaluation, port, portal, train
+from cli import run_main
+
+QUICK = "--data data --n 8 --epochs 2 --batch-size 2".split()
+TRAIN = ["--bases", "./base-a,./base-b", *QUICK]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setitem(train.REAL, "sizes", dict(d_z=8, d_e=4, hidden=16, d_c=12))
+    monkeypatch.setitem(train.REAL, "lora", dict(epochs=2, batch_size=2, lr=1e-3, max_tokens=200))
+
+
+def command(module, *argv):
+    """Run a command in this process -> its exit code."""
+    try:
+        run_main(lambda: module.main([str(a) for a in argv]))
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def fingerprint(folder):
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def trained(world):
+    assert command(train, *TRAIN) == 0
+    return world / "out" / "base-a+base-b"
+
+
+def test_train_port_eval(trained, capsys):
+    assert {"portal.json", "core.safetensors", "latents.safetensors", "log.jsonl"} <= set(os.listdir(trained))
+    saved = json.loads((trained / "portal.json").read_text())
+    assert saved["config"]["tasks"] == ["one", "three", "two"] and [b["base"] for b in saved["bases"]] == ["base-a", "base-b"]
+    before = {k: v for k, v in fingerprint(trained).items() if k != "log.jsonl"}
+    assert command(port, "--to", "./base-c", "--n", "4,8", "--epochs", "2", "--batch-size", "2") == 0
+    assert "run: out/base-a+base-b" in capsys.readouterr().out
+    after = fingerprint(trained)
+    assert all(after[k] == v for k, v in before.items())                             # core, latents, converters: untouched
+    provenance = json.loads((trained / "converters" / "base-c.json").read_text())
+    assert provenance["n"] == 8 and provenance["ported"] and provenance["id"].endswith("base-c")
+    assert {"base-a.safetensors", "base-b.safetensors", "base-c.safetensors", "base-c@4.safetensors"} <= set(os.listdir(trained / "converters"))
+    assert command(evaluation) == 0
+    rows = [json.loads(line) for line in (trained / "results.jsonl").read_text().splitlines()]
+    assert set(rows[0]) == {"method", "base", "role", "task", "seed", "n", "select", "acc_norm", "log_loss", "rows", "seconds"}
+    assert {(r["method"], r["base"]) for r in rows} == {(m, b) for m in evaluation.METHODS for b in ("base-a", "base-b", "base-c")}
+    assert {r["role"] for r in rows if r["base"] == "base-c"} == {"unseen"} and {r["n"] for r in rows if r["base"] == "base-c"} == {0, 4, 8}
+    assert {"results.md", "base-a-n8.png", "base-c-n4.png", "base-c-n8.png"} <= set(os.listdir(trained))
+    assert set(os.listdir(trained / "baselines")) == {"lora", "cross_lora", "copy", "random"}
+    fitted = (trained / "baselines" / "lora" / "base-c.safetensors").stat().st_mtime_ns
+    assert command(evaluation, "--bases", "base-c", "--tasks", "one") == 0           # what is fitted is not fitted again
+    assert (trained / "baselines" / "lora" / "base-c.safetensors").stat().st_mtime_ns == fitted
+    again = [json.loads(line) for line in (trained / "results.jsonl").read_text().splitlines()][len(rows):]
+    same = {(r["method"], r["n"], r["select"]): r["acc_norm"] for r in rows if (r["base"], r["task"]) == ("base-c", "one")}
+    assert {(r["method"], r["n"], r["select"]): r["acc_norm"] for r in again} == same
+
+
+def test_the_last_epoch_is_kept_beside_the_selected_one(trained, monkeypatch):
+    """adapters_of: a seen base's final state is the final core's, a ported base's is the selected core's."""
+    from bases import load_base
+    assert command(port, "--to", "./base-c", "--n", "8", "--epochs", "3", "--batch-size", "2") == 0
+    for name in ("base-a", "base-c"):
+        base = load_base(f"./{name}")
+        p = portal.load_portal(trained)
+        for final in (False, True):
+            path = trained / "final" / "converters" / f"{name}.safetensors"
+            core = portal.load_portal(trained, final=final and name == "base-a")
+            if final and path.exists():
+                core.converters[name] = portal.load_converter(core.cfg, path)
+            got = evaluation.adapters_of(trained, "portal", name, base, final)
+            assert all(torch.allclose(g, w) for g, w in zip(got.tensors(), core.adapters(name).tensors()))
+
+
+def test_same_seed_same_numbers(world):
+    for run in ("x", "y"):
+        assert command(train, *TRAIN, "--run", run) == 0
+    a, b = (fingerprint(world / run) for run in ("x", "y"))
+    tensors = [k for k in a if k.endswith(".safetensors")]
+    assert tensors and all(a[k] == b[k] for k in tensors)
+    assert command(train, *TRAIN, "--run", "z", "--seed", "1") == 0
+    assert fingerprint(world / "z")["core.safetensors"] != a["core.safetensors"]
+
+
+def test_overwrite_replaces_the_whole_run(trained):
+    assert command(port, "--to", "./base-c", "--n", "4", "--epochs", "1") == 0
+    assert command(train, *TRAIN, "--overwrite", "--seed", "3") == 0
+    assert not (trained / "converters" / "base-c.json").exists() and json.loads((trained / "portal.json").read_text())["seed"] == 3
+    assert sorted(os.listdir(trained.parent)) == ["base-a+base-b"]                   # nothing half made is left
+
+
+def edit(path, number, change):
+    lines = path.read_text().splitlines()
+    lines[number - 1] = change if isinstance(change, str) else json.dumps({**json.loads(lines[number - 1]), **change})
+    path.write_text("\n".join(lines) + "\n")
+
+
+BAD_TRAIN = {  # name: (flags, what to break first, words of the one line)
+    "unknown base": (["--bases", "qwen99", *QUICK], None, ["unknown base 'qwen99'", "qwen3-1.7b"]),
+    "not a model": (["--bases", "./data", *QUICK], None, ["./data", "not a model", "config.json"]),
+    "unknown task": ([*TRAIN, "--tasks", "one,four"], None, ["unknown task 'four'", "one, three, two"]),
+    "not JSON": (TRAIN, lambda w: edit(w / "data/two/train.jsonl", 3, "{oops"), ["two/train.jsonl:3", "not JSON"]),
+    "gold_idx": (TRAIN, lambda w: edit(w / "data/two/eval.jsonl", 2, {"gold_idx": 9}), ["two/eval.jsonl:2", "gold_idx is 9"]),
+    "blank choice": (TRAIN, lambda w: edit(w / "data/one/train.jsonl", 1, {"choices": [" a", " "]}), ["train.jsonl:1", "blank"]),
+    "white space": (TRAIN, lambda w: edit(w / "data/one/train.jsonl", 1, {"prompt": "a "}), ["train.jsonl:1", "white space"]),
+    "no rows": (TRAIN, lambda w: (w / "data/one/train.jsonl").write_text(""), ["'one'", "no training rows"]),
+    "n of 0": ([*TRAIN, "--n", "0"], None, ["--n", "'0'", "above 0"]),
+    "n of words": ([*TRAIN, "--n", "many"], None, ["--n", "'many'", "whole number"]),
+    "unknown option": ([*TRAIN, "--learning-rate", "1"], None, ["--learning-rate", "accepted", "--lr"]),
+    "unknown module": ([*TRAIN, "--modules", "q,w"], None, ["--modules", "q,k,v,o,gate,up,down"]),
+    "two of a name": (["--bases", "./base-a,base-a", *QUICK], None, ["same short name"]),
+    "a lr of nan": ([*TRAIN, "--lr", "nan"], None, ["--lr", "'nan'"]),
+    "device": ([*TRAIN, "--device", "tpu9"], None, ["--device", "tpu9", "cpu"]),
+    "no data": (["--bases", "./base-a", "--data", "nowhere"], None, ["nowhere", "no tasks"]),
+    "someone's folder": ([*TRAIN, "--run", "data"], None, ["data", "neither empty nor a run"]),
+}
+
+
+def one_line(capsys, words):
+    err = capsys.readouterr().err
+    assert len(err.strip().splitlines()) == 1 and "Traceback" not in err, err
+    for word in words:
+        assert word in err, err
+
+
+@pytest.mark.parametrize("name", BAD_TRAIN)
+def test_bad_input_to_train(world, capsys, name):
+    argv, break_it, words = BAD_TRAIN[name]
+    if break_it:
+        break_it(world)
+    before = fingerprint(world)
+    assert command(train, *argv) == 2
+    one_line(capsys, words)
+    assert fingerprint(world) == before
+
+
+def test_bad_input_to_a_trained_run(trained, capsys, world):
+    def fails(words, module, *argv, changed=()):
+        capsys.readouterr()
+        before = fingerprint(trained)
+        assert command(module, *argv) == 2
+        one_line(capsys, words)
+        assert {k: v for k, v in fingerprint(trained).items() if k not in changed} == {k: v for k, v in before.items() if k not in changed}
+    fails(["already holds a trained run;", "--overwrite"], train, *TRAIN)
+    fails(["of another configuration", "--overwrite"], train, *TRAIN, "--modules", "all")
+    fails(["already seen base-a", "--overwrite"], port, "--to", "./base-a")
+    fails(["--to is needed"], port)
+    fails(["--n", "'0'"], port, "--to", "./base-c", "--n", "4,0")
+    fails(["'base-z' is not in", "base-a, base-b"], evaluation, "--bases", "base-z")
+    fails(["--tasks nine", "one, three, two"], evaluation, "--tasks", "nine")
+    fails(["nowhere", "not a run folder"], evaluation, "--run", "nowhere")
+    fails(["not finite", "base-a", "task", "round"], train, *TRAIN, "--overwrite", "--lr", "1e30")
+    core = trained / "core.safetensors"
+    whole = core.read_bytes()
+    core.write_bytes(whole[:-9])
+    fails(["core.safetensors", "not a whole safetensors file"], port, "--to", "./base-c")
+    core.write_bytes(whole)
+    assert command(port, "--to", "./base-c", "--n", "4", "--epochs", "1") == 0
+    fails(["already seen base-c", "--overwrite"], port, "--to", "./base-c")
+    assert command(port, "--to", "./base-c", "--n", "4", "--epochs", "1", "--overwrite") == 0
+
+
+def test_no_run_yet(world, capsys):
+    assert command(evaluation) == 2
+    one_line(capsys, ["no run in out", "train.py"])
+
+
+def test_an_interrupted_training_leaves_the_old_run(trained, monkeypatch, capsys):
+    before = fingerprint(trained)
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "evaluate", stop)                                     # after the first epoch
+    assert command(train, *TRAIN, "--overwrite") == 130
+    assert fingerprint(trained) == before and os.listdir(trained.parent) == [trained.name]
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "f.json"
+    cli.write_json(path, {"a": 1})
+    def half(temporary):
+        temporary.write_text("{half")
+        raise OSError("disk full")
+    with pytest.raises(OSError):
+        cli.write_whole(path, half)
+    assert os.listdir(tmp_path) == ["f.json"] and json.loads(path.read_text()) == {"a": 1}
+
+
+def test_the_newest_run_is_the_one_used(world, capsys):
+    for name, date in (("older", "2026-01-01T00:00:00Z"), ("newer", "2026-02-01T00:00:00Z")):
+        cli.write_json(world / "out" / name / "portal.json", {"trained": date})
+    assert cli.find_run(None) == pathlib.Path("out/newer")
+
+
+def test_as_a_process(world):
+    """Once for real: exit code 2, one line, no traceback."""
+    done = subprocess.run([sys.executable, str(cli.ROOT / "data.py"), "--tasks", "rte,nonsense"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "unknown task 'nonsense'" in done.stderr

@@ -1,0 +1,141 @@
+"""The mixed-task round against the one-task-at-a-time loop, and the pieces of the optimiser against worked examples."""
+import json
+
+import pytest
+import torch
+from conftest import exact_norms, lora_hooks, tiny_base, tiny_model
+from test_portal import make_portal
+
+from cli import BadInput
+from data import Item, Row
+from train import EMA, Learner, balance, fit, portal_learner, task_gradients
+
+
+def some_items(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    def tokens(n):
+        return torch.randint(4, 56, (n,), generator=g).tolist()
+    return [Item(t, tokens(n), [tokens(k)], Row("t", "", [], 0)) for t, n, k in
+            [(0, 5, 1), (2, 9, 3), (1, 3, 2), (2, 4, 1), (0, 12, 2), (1, 7, 4), (0, 2, 1)]]
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma3"])
+@pytest.mark.parametrize("max_tokens", [1, 40, 10_000])
+def test_mixed_round_equals_one_task_at_a_time(architecture, max_tokens):
+    """Loss and every gradient, float64: padding, micro-batches and mixing change no mathematics. The reference runs
+    each task's rows alone through an unpatched model with Hugging Face's own padded-batch loss, one graph to the end."""
+    base = tiny_base(architecture, dtype=torch.float64)
+    exact_norms(base.model)
+    portal = make_portal(base, modules=("q", "v", "down"))
+    portal.core.double(), portal.converters["tiny"].double()
+    portal.z.data = portal.z.data.double()
+    parameters = [portal.z, *portal.core.parameters(), *portal.converters["tiny"].parameters()]
+    items = some_items()
+
+    weights = torch.tensor([0.5, 2.0, 1.25], dtype=torch.float64)                    # as the EMA would weigh the tasks
+    adapters = portal.adapters("tiny")
+    losses, gradients = task_gradients(base, adapters, items, max_tokens)
+    torch.autograd.backward(adapters.tensors(), [weights.view(-1, 1, 1, 1) * g for g in gradients])
+    got = [p.grad for p in parameters]
+
+    model, want_losses = exact_norms(tiny_model(architecture, dtype=torch.float64)), []
+    for p in parameters:
+        p.grad = None
+    for t in range(3):
+        rows = [item for item in items if item.task == t]
+        length = max(item.length() for item in rows)
+        ids = torch.tensor([i.prompt + i.continuations[0] + [0] * (length - i.length()) for i in rows])
+        mask = torch.tensor([[1] * i.length() + [0] * (length - i.length()) for i in rows])
+        labels = torch.tensor([[-100] * len(i.prompt) + i.continuations[0] + [-100] * (length - i.length()) for i in rows])
+        adapters = portal.adapters("tiny")
+        handles = lora_hooks(model, {m: a[t] for m, a in adapters.A.items()}, {m: b[t] for m, b in adapters.B.items()}, adapters.scale)
+        logits = model(input_ids=ids, attention_mask=mask).logits
+        for h in handles:
+            h.remove()
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        want_losses.append(loss.detach())
+        (weights[t] * loss).backward()
+    torch.testing.assert_close(losses.double(), torch.stack(want_losses), rtol=1e-5, atol=1e-6)
+    for g, p in zip(got, parameters, strict=True):
+        torch.testing.assert_close(g, p.grad, rtol=1e-8, atol=1e-10)
+        assert p.grad.abs().max() > 0
+
+
+def test_an_absent_task_gets_no_gradient():
+    base = tiny_base()
+    losses, gradients = task_gradients(base, make_portal(base).adapters("tiny"), [i for i in some_items() if i.task != 1], 100)
+    assert losses[1] == 0 and all(not g[1].any() and g[0].any() for g in gradients)
+
+
+def test_balance_follows_a_worked_example():
+    small, large = torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 15.0]])          # norms 5 and 15, mean 10
+    torch.testing.assert_close(balance([small, large]), torch.tensor([[6.0, 8.0 + 10.0]]))
+    torch.testing.assert_close(balance([small]), small)
+    assert torch.isfinite(balance([torch.zeros(1, 2), large])).all()
+
+
+def test_ema_follows_a_worked_example():
+    ema = EMA()
+    torch.testing.assert_close(ema.weights(torch.tensor([2.0, 1e-6])), torch.tensor([0.5, 1000.0]))  # first value; floor
+    torch.testing.assert_close(ema.weights(torch.tensor([1.0, 1.0])), torch.tensor([1 / 1.9, 1 / (0.9e-6 + 0.1)]))
+
+
+def test_schedule_clip_and_rates():
+    p = torch.nn.Parameter(torch.zeros(4))
+    learner = Learner([{"params": [p], "lr": 1.0}], ["t"], rounds=10, epochs=2)
+    rates = []
+    for _ in range(20):
+        rates.append(learner.optimizer.param_groups[0]["lr"])
+        p.grad = torch.full((4,), 100.0)
+        learner.step()
+        assert p.grad.norm() == pytest.approx(1.0, rel=1e-4)
+    assert rates[:3] == pytest.approx([0.5, 1.0, 1.0]) and rates[-1] == pytest.approx(1 / 18)
+    portal = make_portal(tiny_base())
+    groups = portal_learner(portal, {"one": ([1] * 9, []), "two": ([1], [])}, 1, 4, 1e-3).optimizer.param_groups
+    assert [g["initial_lr"] for g in groups] == [1e-3, 2e-3] and groups[1]["params"][0] is portal.z
+
+
+def test_select_keeps_the_best_epoch():
+    p = torch.nn.Parameter(torch.zeros(1))
+    learner = Learner([{"params": [p], "lr": 1.0}], ["t"], 1, 4)
+    for epoch, score in enumerate([(0.5, -1.0), (0.7, -1.0), (0.7, -0.9), (0.6, -0.1)], 1):
+        p.data.fill_(epoch)
+        learner.select(epoch, score)
+    learner.load_best()
+    assert learner.epoch == 3 and p.item() == 3
+
+
+def small_rows(n=6):
+    rows = [Row(t, f"w{i} w{i + 1}", [" w1", f" w{i + 3}"], 1) for t in ("one", "two", "three") for i in range(n)]
+    return {t: ([r for r in rows if r.task == t], [r for r in rows if r.task == t][:2]) for t in ("one", "two", "three")}
+
+
+def run_fit(tmp_path, base, portal, **changes):
+    rows = small_rows()
+    learner = portal_learner(portal, rows, 3, 2, changes.pop("lr", 1e-2))
+    fit("test", [base], portal.adapters, [learner], rows, **{**dict(
+        epochs=3, batch_size=2, max_tokens=100, seed=0, log=tmp_path / "log.jsonl", z=portal.z if portal.z.requires_grad else None), **changes})
+    return learner
+
+
+def test_training_learns_repeats_and_leaves_the_base_alone(tmp_path):
+    ends = []
+    for _ in range(2):
+        base = tiny_base()
+        before = [p.clone() for p in base.model.parameters()]
+        portal = make_portal(base, random=False)
+        run_fit(tmp_path, base, portal)
+        assert all(torch.equal(a, b) for a, b in zip(before, base.model.parameters()))
+        ends.append([p.detach().clone() for p in (portal.z, *portal.core.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*ends))                             # same seed, same numbers
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert len(log) == 6 and log[2]["loss"] < log[0]["loss"] and log[0]["loss"] == log[3]["loss"]
+    assert {"epoch", "loss", "seconds", "tokens_per_s", "peak_memory", "held_acc_norm"} <= set(log[0])
+
+
+def test_a_loss_that_is_not_finite_names_base_task_and_round(tmp_path):
+    base = tiny_base()
+    portal = make_portal(base)
+    portal.z.data[1] = float("nan")
+    with pytest.raises(BadInput, match="not finite on base tiny, task two, round 1"):
+        run_fit(tmp_path, base, portal)

@@ -1,0 +1,246 @@
+"""Source training: latents, core and one converter a base, learned together on frozen bases.
+
+    python train.py                                        the embedded toy, CPU
+    python train.py --bases qwen3-1.7b,qwen3-4b --data data
+
+One round is `batch_size` rows of every task on every base. Adapters are generated once a round; micro-batches that mix
+the rows of all tasks leave their gradients on A and B; one backward pass takes those through the generator.
+"""
+import resource, sys, time
+
+import torch, transformers
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from bases import load_bases, resolve
+from cli import (OUT, ROOT, TOY_SEEN, BadInput, append_jsonl, new_folder, parse, read_json, run_main, today, write_json)
+from data import Cycle, collate, encode, load_tasks, micro_batches, sample
+from eval import evaluate, full_precision, macro
+from portal import Config, Converter, Portal, save_portal
+
+# The write-up's numbers for real bases (appendix A), but for the learning rate of the trunk with LayerNorm, which is
+# not the write-up's: its features are some ten times larger, so the same step moves the adapters ten times as far.
+# The toy's own numbers were chosen on rows held out of its train split.
+REAL = dict(n=2000, epochs=5, batch_size=4, lr=dict(layer=1e-4, none=1e-3), max_tokens=4096, sizes={},
+            port=dict(n=1000, epochs=5, batch_size=4, lr=dict(layer=1e-4, none=1e-3), max_tokens=4096),
+            lora=dict(epochs=5, batch_size=4, lr=1e-4, max_tokens=4096))
+TOY = dict(n=1000, epochs=6, batch_size=8, lr=dict(layer=1e-3, none=1e-3), max_tokens=4096,
+           sizes=dict(d_z=64, hidden=256, d_c=256),
+           port=dict(n=1000, epochs=6, batch_size=8, lr=dict(layer=1e-3, none=1e-3), max_tokens=4096),
+           lora=dict(epochs=4, batch_size=8, lr=3e-3, max_tokens=4096))
+
+
+def preset(bases):
+    return TOY if all(base.startswith("toy-") for base in bases) else REAL
+
+
+# ---------------------------------------------------------------------------------------------- one round
+def task_gradients(base, adapters, items, max_tokens):
+    """Losses and gradients of all tasks at once, on one base.
+
+    The loss of task t is the NLL of the gold continuation, averaged over that task's answer tokens in `items`. A row
+    touches only its own task's slice of A and B, so the sum over tasks is differentiated in one go and row t of each
+    gradient is still task t's alone; what weighs a task is applied there, after the fact.
+
+    -> losses [T], gradients of adapters.tensors() ([T, L, ...] each)
+    """
+    leaf = adapters.map(lambda a: a.detach().requires_grad_())
+    tokens = torch.zeros(len(leaf.tensors()[0]))                                     # [T] answer tokens of each task
+    for item in items:
+        tokens[item.task] += len(item.continuations[0])
+    tokens = tokens.to(base.device)
+    losses = torch.zeros_like(tokens)
+    for part in micro_batches(items, max_tokens):
+        batch = collate(part, base.device)
+        nll = F.cross_entropy(full_precision(base.logits(batch, leaf)), batch.target, reduction="none")  # [M]: with one
+        task = batch.task[batch.row]                                                 # [M] continuation a row, N = M
+        nll = nll / tokens[task]
+        nll.sum().backward()
+        losses.index_add_(0, task, nll.detach().float())
+    return losses, [a.grad for a in leaf.tensors()]
+
+
+def balance(gradients):
+    """Rescale each base's gradient on z to the mean norm and add them up (section 4, multi-base training)."""
+    norms = torch.stack([g.norm() for g in gradients])
+    return sum(g * (norms.mean() / norm.clamp(min=1e-12)) for g, norm in zip(gradients, norms))
+
+
+class EMA:
+    """Running mean of each task's loss on one base, 0.9 / 0.1, the first value as it is; never below 1e-3 as a divisor."""
+
+    def __init__(self):
+        self.mean = None
+
+    def weights(self, losses):
+        """Take in this round's losses [T]; -> what each task's gradient is multiplied by, [T]."""
+        self.mean = losses.clone() if self.mean is None else 0.9 * self.mean + 0.1 * losses
+        return 1 / self.mean.clamp(min=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------- many rounds
+class Learner:
+    """Parameters that are optimised and selected together, and the tasks they learn from. PorTAL is one learner; T
+    per-task LoRAs are T of them, which only share their forward passes. `groups`: [{"params", "lr"}], as in torch."""
+
+    def __init__(self, groups, tasks, rounds, epochs):
+        self.tasks, self.rounds, self.score, self.epoch, self.best = tasks, rounds, None, 0, None
+        self.params = [p for group in groups for p in group["params"]]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+        total = rounds * epochs
+        warm = max(1, total // 10)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(                           # 10% warm-up, then linear to zero
+            self.optimizer, lambda k: min((k + 1) / warm, (total - k) / max(1, total - warm)))
+
+    def step(self):
+        torch.nn.utils.clip_grad_norm_(self.params, 1.0)
+        self.optimizer.step()
+        self.schedule.step()
+
+    def select(self, epoch, score):
+        """Keep this epoch's parameters if its held-out score is the best so far (no held-out rows: always)."""
+        if self.best is None or score is None or score > self.score:
+            self.score, self.epoch, self.best = score, epoch, [p.detach().clone() for p in self.params]
+
+    @torch.no_grad()
+    def load_best(self):
+        for p, best in zip(self.params, self.best):
+            p.copy_(best)
+
+
+def rounds_of(rows, batch_size):
+    return -(-len(rows) // batch_size)
+
+
+def fit(what, bases, generate, learners, rows, *, epochs, batch_size, max_tokens, seed, log, z=None, ema=True):
+    """Train `learners` for `epochs` on frozen `bases`; each then holds its last state and, in `best`, the selected one.
+
+    generate(base name) -> Adapters with their graph; rows {task: (train rows, held-out rows)}; z: the parameter on
+    which the bases' gradients are balanced, if it is learned; ema: divide each (base, task) loss by its running mean.
+    log: path of log.jsonl. Raises BadInput when a loss is not finite.
+    """
+    tasks = list(rows)
+    cycles, held, cut = {}, {}, 0
+    for base in bases:
+        for task, (train, _) in rows.items():
+            items, n_cut = encode(base.tokenizer, train, tasks, choices="gold")
+            cycles[base.name, task], cut = Cycle(items, batch_size, f"{seed}/{base.name}/{task}"), cut + n_cut
+        held[base.name] = encode(base.tokenizer, [row for _, h in rows.values() for row in h], tasks)[0]
+    if cut:
+        print(f"{cut} of {sum(len(c.items) for c in cycles.values())} training prompts were cut from the left")
+    running = {base.name: EMA() for base in bases}
+    per_epoch, done = max(learner.rounds for learner in learners), 0
+    bar = tqdm(total=epochs * per_epoch, desc=what, unit="round", disable=not sys.stderr.isatty())
+    for epoch in range(1, epochs + 1):
+        start, total_loss, n_tokens = time.time(), 0.0, 0
+        for k in range(per_epoch):
+            active = [learner for learner in learners if k < learner.rounds]
+            now = [task for learner in active for task in learner.tasks]
+            z_gradients, round_loss = [], 0.0
+            for base in bases:
+                items = [item for task in now for item in cycles[base.name, task].next()]
+                adapters = generate(base.name)
+                losses, gradients = task_gradients(base, adapters, items, max_tokens)
+                if not torch.isfinite(losses).all():
+                    bad = tasks[int((~torch.isfinite(losses)).nonzero()[0])]
+                    raise BadInput(f"{what}: the loss is not finite on base {base.name}, task {bad}, round {done + 1}; try a "
+                                   "smaller --lr or --dtype float32 (nothing of this command was saved)")
+                if ema:
+                    weights = running[base.name].weights(losses).view(-1, 1, 1, 1)   # [T, 1, 1, 1]
+                    gradients = [weights * g for g in gradients]
+                torch.autograd.backward(adapters.tensors(), gradients)
+                if z is not None:                                                    # each base's pull on z, apart
+                    z_gradients.append(z.grad)
+                    z.grad = None
+                round_loss += float(losses.sum()) / len(now) / len(bases)
+                n_tokens += sum(item.length() for item in items)
+            if z is not None:
+                z.grad = balance(z_gradients)
+            for learner in active:
+                learner.step()
+            for learner in learners:
+                learner.optimizer.zero_grad()
+            done, total_loss = done + 1, total_loss + round_loss
+            bar.update()
+            bar.set_postfix(loss=f"{round_loss:.3f}", tok_s=int(n_tokens / (time.time() - start)))
+        seconds = time.time() - start
+        scores = {base.name: by_task(evaluate(base, generate(base.name), held[base.name], max_tokens), tasks) for base in bases}
+        for learner in learners:
+            cells = [s[task] for s in scores.values() for task in learner.tasks if task in s]
+            learner.select(epoch, macro(cells) if cells else None)
+        acc, nll = macro([cell for s in scores.values() for cell in s.values()] or [(float("nan"),) * 2])
+        record = dict(event="epoch", what=what, bases=[b.name for b in bases], epoch=epoch, loss=total_loss / per_epoch,
+                      held_acc_norm=acc, held_log_loss=-nll, seconds=round(seconds, 2), tokens_per_s=round(n_tokens / seconds),
+                      peak_memory=peak_memory(bases[0].device), date=today())
+        append_jsonl(log, record)
+        tqdm.write(f"{what} epoch {epoch}/{epochs}: loss {record['loss']:.3f}, held-out acc_norm {acc:.3f}, "
+                   f"log_loss {-nll:.3f}, {seconds:.0f} s, {record['tokens_per_s']} tokens/s")
+    bar.close()
+
+
+def by_task(cells, tasks):
+    return {tasks[t]: (cell["acc_norm"], -cell["log_loss"]) for t, cell in cells.items()}
+
+
+def peak_memory(device):
+    """Peak bytes: of the GPU, or of this process."""
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# ---------------------------------------------------------------------------------------------- the command
+def portal_learner(portal, rows, epochs, batch_size, lr):
+    """One learner for everything that is not frozen: core and converters at lr, z at twice that (appendix A)."""
+    modules = [portal.core, *portal.converters.values()]
+    groups = [{"params": [p for m in modules for p in m.parameters() if p.requires_grad], "lr": lr}]
+    if portal.z.requires_grad:
+        groups.append({"params": [portal.z], "lr": 2 * lr})
+    return Learner(groups, list(rows), max(rounds_of(train, batch_size) for train, _ in rows.values()), epochs)
+
+
+def main(argv=None):
+    args = parse(__doc__, "bases data tasks n modules rank norm epochs batch-size lr max-tokens seed device dtype run overwrite", argv)
+    names = args.bases or list(TOY_SEEN)
+    settings = {k: getattr(args, k) or v for k, v in preset(names).items() if k not in ("sizes", "port", "lora")}
+    data = args.data or (ROOT / "toy" / "data" if preset(names) is TOY else ROOT / "data")
+    run = args.run or OUT / ("toy" if args.bases is None else "+".join(resolve(name)[0] for name in names))
+    seed = args.seed or 0
+    rows = {task: sample(splits["train"], settings["n"], seed) for task, splits in load_tasks(data, args.tasks).items()}
+    cfg = Config(tasks=list(rows), **preset(names)["sizes"])
+    cfg.modules, cfg.norm = args.modules or cfg.modules, args.norm or cfg.norm
+    cfg.rank, cfg.alpha = args.rank or cfg.rank, 2 * (args.rank or cfg.rank)
+    settings["lr"] = args.lr or settings["lr"][cfg.norm]
+    if (run / "portal.json").exists() and not args.overwrite:
+        same = read_json(run / "portal.json").get("config") == vars(cfg)
+        raise BadInput(f"{run} already holds a trained run{'' if same else ' of another configuration'}; "
+                       "--overwrite replaces it, --run DIR trains beside it")
+    if run.exists() and not (run / "portal.json").exists() and any(run.iterdir()):
+        raise BadInput(f"{run} is neither empty nor a run folder; --run DIR names another")
+    bases = load_bases(names, args.device, args.dtype)
+
+    torch.manual_seed(seed)
+    portal = Portal(cfg)
+    for base in bases:
+        portal.converters[base.name] = Converter(cfg, base.layers, base.dims)
+    portal.to(args.device)
+    learner = portal_learner(portal, rows, settings["epochs"], settings["batch_size"], settings["lr"])
+    start = time.time()
+    with new_folder(run) as folder:                                                  # becomes `run` when it is whole
+        fit("train", bases, portal.adapters, [learner], rows, seed=seed, log=folder / "log.jsonl", z=portal.z,
+            **{k: settings[k] for k in ("epochs", "batch_size", "max_tokens")})
+        if learner.epoch < settings["epochs"]:
+            save_portal(folder, portal, final=True)
+        learner.load_best()
+        save_portal(folder, portal)
+        provenance = [dict(base=b.name, id=b.origin, revision=b.revision, ported=False, n=settings["n"], seed=seed,
+                           epochs=settings["epochs"], epoch_selected=learner.epoch, seconds=round(time.time() - start, 1),
+                           date=today()) for b in bases]
+        for p in provenance:
+            write_json(folder / "converters" / f"{p['base']}.json", p)
+        write_json(folder / "portal.json", dict(
+            config=vars(cfg), bases=provenance, seed=seed, data=str(data.resolve()), trained=today(), **settings,
+            versions=dict(torch=torch.__version__, transformers=transformers.__version__)))
+    print(f"epoch {learner.epoch} of {settings['epochs']} selected on held-out rows; saved to {run}")
+
+
+if __name__ == "__main__":
+    run_main(main)
