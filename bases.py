@@ -4,7 +4,7 @@ There is no code per architecture. Any decoder whose layers hold the seven proje
 nn.Linear works: each is wrapped in `Adapted`, which adds the low-rank part, and the LM head is wrapped in
 `PickedHead`, which reads it only at the positions somebody asked for.
 """
-import pathlib, re
+import os, pathlib, re, sys
 from types import SimpleNamespace
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from cli import ROOT, BadInput
+from cli import ROOT, BadInput, first_sentence
 from kernels.lora import lora_matmul
 from portal import MODULES
 
@@ -30,7 +30,7 @@ def resolve(spec):
 
     An alias of HUB or TOY, a local Hugging Face folder, a .gguf file, or org/name@revision on the hub.
     """
-    path = TOY.get(spec, pathlib.Path(spec).expanduser())
+    path = TOY.get(spec, pathlib.Path(os.path.expanduser(spec)))
     if spec in HUB:
         return spec, HUB[spec], None, None
     if path.suffix == ".gguf":
@@ -39,7 +39,7 @@ def resolve(spec):
         return path.stem.lower(), str(path.parent), None, path.name
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise BadInput(f"base {spec!r} is a folder but not a model: it has no config.json (a Hugging Face model folder has)")
+            raise BadInput(f"base {spec!r} is a folder but not a model: it has no config.json, which a Hugging Face model has")
         return path.resolve().name.lower(), str(path), None, None
     hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", spec)
     if hub and not spec.startswith((".", "/")) and not spec.endswith(".gguf"):
@@ -84,7 +84,8 @@ class Base:
     """A frozen language model. `layers` L, `dims` {m: (d_in, d_out)}, `logits(...)`."""
 
     def __init__(self, model, tokenizer, name="base", origin="", revision=None):
-        self.model, self.tokenizer, self.name, self.origin, self.revision = model.eval().requires_grad_(False), tokenizer, name, origin, revision
+        self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
+        self.name, self.origin, self.revision = name, origin, revision
         self.live = SimpleNamespace(A={}, B={}, task=None, scale=1.0, at=None)
         self.config = model.config.get_text_config()
         projections = find_projections(model)                                        # [{m: (parent, attribute)}] a layer
@@ -140,35 +141,33 @@ class Base:
             zeros = torch.zeros(allowed.shape, dtype=self.model.dtype, device=allowed.device)
             return zeros.masked_fill_(~allowed, torch.finfo(zeros.dtype).min)[:, None]
         if getattr(self.config, "layer_types", None):                                # Gemma 3, Qwen: a mask a layer type
-            mask = {kind: additive(near if kind == "sliding_attention" else sees) for kind in set(self.config.layer_types)}
+            mask = {kind: additive(near if kind == "sliding_attention" else sees)
+                    for kind in set(self.config.layer_types)}
         else:                                                                        # Llama; Mistral, where all layers slide
             mask = additive(near)
         return {"attention_mask": mask, "position_ids": positions}
 
 
 def find_projections(model):
-    """For every decoder layer: {module kind: (parent module, attribute name)}; BadInput if there is no such decoder."""
+    """For every layer of the decoder: {module kind: (parent module, attribute name)}; BadInput if it has not each once."""
     best = []
-    for name, layers in model.named_modules():
+    for layers in model.get_decoder().modules():                                     # the text model, not a vision tower
         if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
             continue
-        rows = []
-        for layer in layers:
-            row = {}
-            for parent in layer.modules():
-                row.update({m: (parent, f"{m}_proj") for m in MODULES if isinstance(getattr(parent, f"{m}_proj", None), nn.Linear)})
-            rows.append(row)
-        if all(set(row) == set(MODULES) for row in rows):
-            return [{m: row[m] for m in MODULES} for row in rows]
-        best = max(best, sorted({m for row in rows for m in row}), key=len)
+        rows = [[(m, (parent, f"{m}_proj")) for parent in layer.modules() for m in MODULES
+                 if isinstance(getattr(parent, f"{m}_proj", None), nn.Linear)] for layer in layers]
+        if all(sorted(m for m, _ in row) == sorted(MODULES) for row in rows):        # once each: no mixture of experts
+            return [dict(row) for row in rows]
+        best = max(best, [m for m in MODULES if any(m == found for row in rows for found, _ in row)], key=len)
     wanted = ", ".join(f"{m}_proj" for m in MODULES)
     linears = sorted({name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
     raise BadInput(f"{type(model).__name__} is not supported: looked in its layers for {wanted} as nn.Linear and found "
-                   f"{', '.join(m + '_proj' for m in best) or 'none of them'} (its linear modules: {', '.join(linears) or 'none'})")
+                   f"{', '.join(m + '_proj' for m in best) or 'none of them'}; its linear modules are {', '.join(linears)}")
 
 
 # ---------------------------------------------------------------------------------------------- loading
-disable_progress_bar()  # a bar for every base's weights would drown the training's own
+if not sys.stderr.isatty():
+    disable_progress_bar()
 
 
 def load_base(spec, device="cpu", dtype=torch.float32):
@@ -179,20 +178,23 @@ def load_base(spec, device="cpu", dtype=torch.float32):
     try:
         model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32 if gguf else dtype,
                                                      **({} if gguf else {"use_safetensors": True}), **options)
+        for p in model.parameters():                                                 # GGUF loads as float32. Parameters only:
+            p.data = p.data.to(dtype)                                                # rotary buffers must stay float32
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
     except Exception as error:                                                       # whatever the loader meets in a folder
         raise BadInput(f"base {spec!r} could not be loaded from {where}: {first_sentence(error)}")
     revision = getattr(model.config, "_commit_hash", None) or revision
     if spec in TOY or pathlib.Path(where).is_dir():                                  # an alias, or a path that outlives a cd
         where = spec if spec in TOY else str(pathlib.Path(where, gguf or "").resolve())
-    return Base(model.to(device, dtype), tokenizer, name, where, revision)
+    return Base(model.to(device), tokenizer, name, where, revision)
 
 
-def load_bases(specs, device="cpu", dtype=torch.float32):
+def short_names(specs):
+    """What the bases' files are called: resolve()'s names, of which no two may be the same."""
     names = [resolve(spec)[0] for spec in specs]
     if len(set(names)) < len(names):
         raise BadInput(f"bases {', '.join(specs)}: two of them have the same short name, which names their files")
-    return [load_base(spec, device, dtype) for spec in specs]
+    return names
 
 
 def reload_base(provenance, device="cpu", dtype=torch.float32):
@@ -201,7 +203,3 @@ def reload_base(provenance, device="cpu", dtype=torch.float32):
     base = load_base(provenance["id"] + pinned, device, dtype)
     base.name = provenance["base"]
     return base
-
-
-def first_sentence(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -21,9 +21,15 @@ def run_main(main):
         main()
     except BadInput as error:
         raise SystemExit(fail(error))
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(fail(f"out of memory ({first_sentence(error)}); try a smaller --max-tokens"))
     except KeyboardInterrupt:
         print("interrupted; what was saved before is untouched", file=sys.stderr)
         raise SystemExit(130)
+
+
+def first_sentence(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def fail(message):
@@ -72,6 +78,8 @@ def modules(text):
 
 def device(text):
     try:
+        if torch.device(text).type not in ("cpu", "cuda"):
+            raise RuntimeError
         torch.empty(0, device=text)
     except (RuntimeError, AssertionError):
         raise argparse.ArgumentTypeError(f"{text!r} is not a device of this machine: cpu, cuda or cuda:0 are accepted")
@@ -79,8 +87,8 @@ def device(text):
 
 
 def seed(text):
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: a whole number from 0 is")
+    if not text.isdecimal() or int(text) >= 2 ** 63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: a whole number from 0 to 2^63 - 1 is")
     return int(text)
 
 
@@ -99,7 +107,7 @@ FLAGS = {  # one meaning everywhere; a default of None means "the preset below" 
     "lr": dict(type=positive(float), help="learning rate of core and converter (z: twice that)"),
     "seed": dict(type=seed, help="seed of everything random"),
     "device": dict(type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="torch device"),
-    "dtype": dict(choices=["float32", "bfloat16", "float16"], help="dtype of the frozen base (CPU: float32, GPU: bfloat16)"),
+    "dtype": dict(choices=["float32", "bfloat16", "float16"], help="of the frozen base (CPU: float32, GPU: bfloat16)"),
     "max-tokens": dict(type=positive(int), help="token budget of a micro-batch, padding included"),
     "eval-rows": dict(type=positive(int), help="evaluation rows a task, a seeded random sample (default: all)"),
     "overwrite": dict(action="store_true", help="replace what the run folder already holds"),
@@ -113,7 +121,7 @@ def parse(description, names, argv=None, **changes):
         parser.add_argument("--" + name, **{**FLAGS[name], **changes.get(name.replace("-", "_"), {})})
     args = parser.parse_args(argv)
     if "dtype" in args:
-        args.dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "bfloat16"))
+        args.dtype = getattr(torch, args.dtype or ("float32" if args.device.startswith("cpu") else "bfloat16"))
     return args
 
 
@@ -166,6 +174,7 @@ def find_run(run):
 @contextlib.contextmanager
 def new_folder(path):
     """Yield a new folder to fill; at the end it takes the place of `path`. If anything fails, `path` is as it was."""
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     new, old = (path.with_name(f".{path.name}.{which}{os.getpid()}") for which in ("new", "old"))
     new.mkdir()
@@ -173,6 +182,12 @@ def new_folder(path):
         yield new
         if path.exists():
             path.rename(old)
-        new.rename(path)
+        try:
+            new.rename(path)
+        except BaseException:
+            if old.exists():
+                old.rename(path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     finally:
-        shutil.rmtree(new, ignore_errors=True), shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)

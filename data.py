@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from cli import BadInput, Parser, commas, run_main, write_whole
+from cli import BadInput, Parser, commas, first_sentence, run_main, write_whole
 
 
 class Row(NamedTuple):
@@ -28,14 +28,15 @@ def read_rows(path, task):
     """The rows of one JSONL file; BadInput with file and line number for the first one that is not of the format."""
     rows = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")                          # splitlines() would split at U+2028, too
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: not readable ({error})")
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(lines if lines[-1] else lines[:-1], 1):
         def bad(why):
             raise BadInput(f"{path}:{number}: {why}")
         try:
             row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()                             # half a surrogate pair is not text
         except ValueError:
             bad('not JSON; a line is {"task": ..., "prompt": ..., "choices": [...], "gold_idx": ...}')
         if not isinstance(row, dict) or not {"prompt", "choices", "gold_idx"} <= set(row):
@@ -70,7 +71,8 @@ def load_tasks(folder, tasks=None):
         data[task] = {split: read_rows(folder / task / f"{split}.jsonl", task) for split in ("train", "eval")}
         for split, rows in data[task].items():
             if not rows:
-                raise BadInput(f"{folder / task / split}.jsonl: task {task!r} has no {'training' if split == 'train' else 'evaluation'} rows")
+                kind = "training" if split == "train" else "evaluation"
+                raise BadInput(f"{folder / task / split}.jsonl: task {task!r} has no {kind} rows")
     return data
 
 
@@ -105,14 +107,16 @@ def encode(tokenizer, rows, tasks, choices="all", max_length=1024):
     Prompt and choice are encoded separately and joined, so that no choice changes the prompt's tokens. A prompt that
     would pass `max_length` with its longest choice is cut from the left, behind the BOS token where there is one.
     """
+    if not rows:
+        return [], 0
     prompts = tokenizer([row.prompt for row in rows]).input_ids
     texts = [row.choices if choices == "all" else [row.choices[row.gold]] for row in rows]
     flat = iter(tokenizer([text for row in texts for text in row], add_special_tokens=False).input_ids)
     items, cut = [], 0
     for row, ids, text in zip(rows, prompts, texts):
         continuations = [next(flat) for _ in text]
-        if not all(continuations):
-            raise BadInput(f"task {row.task!r}: a choice of {row.choices} has no tokens in this base's tokenizer")
+        if not ids or not all(continuations):
+            raise BadInput(f"task {row.task!r}: {row.prompt!r} or one of {text} has no tokens in this base's tokenizer")
         room = max(8, max_length - max(map(len, continuations)))
         if len(ids) > room:
             bos = ids[:1] if ids[0] == tokenizer.bos_token_id else []
@@ -139,7 +143,8 @@ def collate(items, device="cpu"):
     """Items -> Batch. A row is its prompt, once, then every continuation behind it; a mask (Base.tree) keeps
     them apart. The prompt's last position predicts the first token of all of them, so its logits are read once."""
     R, S = len(items), max(item.length() for item in items)
-    ids, positions, segments = torch.zeros(R, S, dtype=torch.long), torch.zeros(R, S, dtype=torch.long), torch.full((R, S), -1)
+    ids, positions = torch.zeros(R, S, dtype=torch.long), torch.zeros(R, S, dtype=torch.long)
+    segments = torch.full((R, S), -1)
     rows, columns, source, target, owner, row_of, count = [], [], [], [], [], [], 0
     for r, item in enumerate(items):
         P = end = len(item.prompt)
@@ -331,9 +336,10 @@ def build(out, tasks=tuple(BENCHMARKS)):
         repo, config, train_split, eval_split, revision, _ = BENCHMARKS[task]
         splits = {"train": train_split, "eval": eval_split}
         try:
-            splits = {name: list(load_dataset(repo, config, split=split, revision=revision)) for name, split in splits.items()}
+            splits = {name: list(load_dataset(repo, config, split=split, revision=revision))
+                      for name, split in splits.items()}
         except Exception as error:                                                   # whatever the hub or the network says
-            raise BadInput(f"{task}: {repo}@{revision[:8]} could not be loaded from the hub ({str(error).splitlines()[0]})")
+            raise BadInput(f"{task}: {repo}@{revision[:8]} could not be loaded from the hub ({first_sentence(error)})")
         if train_split == eval_split:  # truthfulqa: cut its one split in two, after mixing the topics
             random.Random(0).shuffle(splits["train"])
             splits = {"eval": splits["train"][:400], "train": splits["train"][400:]}
@@ -354,8 +360,8 @@ def build(out, tasks=tuple(BENCHMARKS)):
 
 def main(argv=None):
     parser = Parser(description="Build the 14 benchmarks from the Hugging Face hub.", allow_abbrev=False)
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("data"), metavar="DIR", help="where to (default: data/)")
-    parser.add_argument("--tasks", type=commas(), default=list(BENCHMARKS), metavar="A,B", help="some of them (default: all)")
+    parser.add_argument("--out", type=pathlib.Path, default="data", metavar="DIR", help="where to (default: data/)")
+    parser.add_argument("--tasks", type=commas(), default=list(BENCHMARKS), metavar="A,B", help="some of them")
     args = parser.parse_args(argv)
     for task in args.tasks:
         if task not in BENCHMARKS:

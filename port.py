@@ -9,14 +9,14 @@ import pathlib, time
 
 import torch
 
-from bases import load_bases
-from cli import TOY_SEEN, TOY_UNSEEN, BadInput, commas, find_run, parse, positive, run_main, today, write_json
+from bases import load_base, short_names
+from cli import TOY_UNSEEN, BadInput, commas, find_run, parse, positive, read_json, run_main, today, write_json
 from data import load_tasks, sample
 from portal import Converter, load_config, load_portal, save_converter
-from train import fit, portal_learner, preset
+from train import REAL, fit, portal_learner, preset
 
 
-def port(run, portal, base, tag, rows, n, seed, settings):
+def port(run, portal, base, tag, rows, n, seed, data, settings):
     """Refit one converter and save it as converters/<tag>; core and latents are bit for bit what they were."""
     frozen = [p.requires_grad_(False) for p in (portal.z, *portal.core.parameters())]
     before = [p.clone() for p in frozen]
@@ -29,16 +29,17 @@ def port(run, portal, base, tag, rows, n, seed, settings):
     assert all(torch.equal(p, b) for p, b in zip(frozen, before)), "the frozen core or latents changed"
     seconds = round(time.time() - start, 1)
 
+    provenance = run / "converters" / f"{tag}.json"                                  # written last: without it the rest
+    provenance.unlink(missing_ok=True)                                               # does not count as a port
     final = run / "final" / "converters" / f"{tag}.safetensors"
+    final.unlink(missing_ok=True)
     if learner.epoch < settings["epochs"]:
         save_converter(run, portal, base.name, tag, final=True)
-    else:
-        final.unlink(missing_ok=True)
     learner.load_best()
     save_converter(run, portal, base.name, tag)
-    write_json(run / "converters" / f"{tag}.json", dict(
-        base=base.name, id=base.origin, revision=base.revision, ported=True, n=n, seed=seed, epochs=settings["epochs"],
-        epoch_selected=learner.epoch, seconds=seconds, date=today()))
+    write_json(provenance, dict(
+        base=base.name, id=base.origin, revision=base.revision, ported=True, n=n, seed=seed, data=data,
+        epochs=settings["epochs"], epoch_selected=learner.epoch, seconds=seconds, date=today()))
     print(f"{tag}: epoch {learner.epoch} of {settings['epochs']} selected on held-out rows; saved to {run / 'converters'}")
 
 
@@ -47,24 +48,30 @@ def main(argv=None):
                  n=dict(type=commas(positive(int)), metavar="N[,N]", help="training rows a task; several: one refit each"))
     run = find_run(args.run)
     saved, cfg = load_config(run)
-    toy = all(b["base"] in TOY_SEEN for b in saved["bases"])
-    if args.to is None and not toy:
+    if args.to is None and preset([b["base"] for b in saved["bases"]]) is REAL:
         raise BadInput("--to is needed: the base to port to (an alias, a hub id, a folder or a .gguf file)")
-    bases = load_bases(args.to or TOY_UNSEEN, args.device, args.dtype)
-    default = preset([b.name for b in bases])["port"]
-    settings = {k: getattr(args, k) or default[k] for k in ("epochs", "batch_size", "max_tokens")}
-    settings["lr"] = args.lr or default["lr"][cfg.norm]
-    counts = sorted(args.n or [default["n"]])
+    specs = args.to or TOY_UNSEEN
+    jobs = []
+    for spec, name in zip(specs, short_names(specs)):
+        counts = sorted(args.n or [preset([name])["port"]["n"]])
+        path = run / "converters" / f"{name}.json"
+        held = read_json(path)["n"] if path.exists() else 0
+        # The base's converter is the one of the largest n; the others of a sweep stand beside it as <base>@<n>.
+        tags = [name if n == counts[-1] and n >= held else f"{name}@{n}" for n in counts]
+        for tag in tags:
+            if (run / "converters" / f"{tag}.json").exists() and not args.overwrite:
+                raise BadInput(f"{run} has already seen {tag}: it holds its converter; --overwrite refits it")
+        jobs.append((spec, list(zip(tags, counts))))
     seed = saved["seed"] if args.seed is None else args.seed
-    data = load_tasks(args.data or pathlib.Path(saved["data"]), cfg.tasks)
-    # The largest n is the base's converter; the smaller ones of a sweep stand beside it under <base>@<n>.
-    jobs = [(base, base.name if n == counts[-1] else f"{base.name}@{n}", n) for base in bases for n in counts]
-    for base, tag, _ in jobs:
-        if (run / "converters" / f"{tag}.safetensors").exists() and not args.overwrite:
-            raise BadInput(f"{run} has already seen {tag}: it holds its converter; --overwrite refits it")
-    for base, tag, n in jobs:
-        rows = {task: sample(splits["train"], n, seed) for task, splits in data.items()}
-        port(run, load_portal(run).to(args.device), base, tag, rows, n, seed, settings)
+    folder = args.data or pathlib.Path(saved["data"])
+    data = load_tasks(folder, cfg.tasks)
+    for spec, fits in jobs:
+        base = load_base(spec, args.device, args.dtype)
+        default = preset([base.name])["port"]
+        settings = {k: getattr(args, k) or v for k, v in default.items() if k != "n"}
+        for tag, n in fits:
+            rows = {task: sample(splits["train"], n, seed) for task, splits in data.items()}
+            port(run, load_portal(run).to(args.device), base, tag, rows, n, seed, str(folder.resolve()), settings)
 
 
 if __name__ == "__main__":

@@ -50,12 +50,15 @@ class Config:
     hidden: int = 512                                                                # trunk
     d_c: int = 1024                                                                  # core width
     norm: str = "layer"                                                              # or "none", the write-up's trunk
+    gain: float = 0.1                                                                # of the second LayerNorm, at the start
 
 
 # ---------------------------------------------------------------------------------------------- belongs to no base
 class Core(nn.Module):
-    """The FiLM trunk and the heads. `norm="layer"` puts LayerNorm after W1 and after W2; "none" is the write-up's
-    trunk. B-heads and FiLM start at zero, so that the generated adapter starts as the identity (appendix A)."""
+    """The FiLM trunk and the heads. B-heads and FiLM start at zero, so that the generated adapter starts as the identity
+    (appendix A). `norm="none"` is the write-up's trunk; "layer" puts LayerNorm after W1 and after W2. The second one's
+    gain sets the size of the features h: at 1 they, and with them every step of the heads, are ten times the write-up's,
+    whose learning rate then diverges at the write-up's widths; at 0.1 the two agree. The toy's widths bear a gain of 1."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -64,6 +67,8 @@ class Core(nn.Module):
         self.W2 = nn.Linear(cfg.hidden, cfg.hidden)
         self.film = nn.Linear(cfg.d_z, 2 * cfg.hidden)                               # z -> gamma, beta
         self.norm1, self.norm2 = (nn.LayerNorm(cfg.hidden) if cfg.norm == "layer" else nn.Identity() for _ in "12")
+        if cfg.norm == "layer":
+            nn.init.constant_(self.norm2.weight, cfg.gain)
         self.head_A = nn.ModuleDict({m: nn.Linear(cfg.hidden, cfg.rank * cfg.d_c) for m in cfg.modules})
         self.head_B = nn.ModuleDict({m: nn.Linear(cfg.hidden, cfg.d_c * cfg.rank) for m in cfg.modules})
         for layer in (self.film, *self.head_B.values()):
@@ -141,6 +146,19 @@ def load_into(module, path):
         raise BadInput(f"{path}: its tensors do not fit this run's portal.json (another configuration's file?)")
 
 
+def save_adapters(path, adapters):
+    save_tensors(path, {**{f"A.{m}": a for m, a in adapters.A.items()}, **{f"B.{m}": b for m, b in adapters.B.items()},
+                        "scale": torch.tensor(adapters.scale)})
+
+
+def load_adapters(path, device="cpu"):
+    tensors = {name: tensor.to(device) for name, tensor in load_tensors(path).items()}
+    if "scale" not in tensors:
+        raise BadInput(f"{path}: holds no adapters")
+    A, B = ({name[2:]: t for name, t in tensors.items() if name.startswith(side)} for side in ("A.", "B."))
+    return Adapters(A, B, float(tensors["scale"]))
+
+
 def save_portal(run, portal, final=False):
     """Latents, core and converters; `final=True`: the last epoch's, beside the selected one's."""
     folder = run / "final" if final else run
@@ -156,10 +174,16 @@ def save_converter(run, portal, name, tag, final=False):
     save_tensors(folder / "converters" / f"{tag}.safetensors", portal.converters[name].state_dict())
 
 
+def saved_at(run, name, final):
+    """Where a run keeps `name`: final/ holds the last epoch's state of what had another epoch selected."""
+    return run / "final" / name if final and (run / "final" / name).exists() else run / name
+
+
 def load_config(run):
     """(portal.json as a dict, Config); BadInput if it is not one of ours."""
     saved = read_json(run / "portal.json")
     try:
+        saved["bases"], saved["seed"], saved["data"]
         return saved, Config(**saved["config"])
     except (KeyError, TypeError) as error:
         raise BadInput(f"{run / 'portal.json'}: not a PorTAL configuration ({error})")
@@ -176,17 +200,17 @@ def load_converter(cfg, path):
     return converter
 
 
-def load_portal(run, final=False):
-    """A saved run as a Portal with all its converters: the selected epoch, or the last one where `final/` has it."""
+def load_portal(run, tags=(), final=False):
+    """A saved run as a Portal with the converters of `tags`: the selected epoch, or the last where `final/` has it."""
+    def newest(name):
+        return saved_at(run, name, final)
     _, cfg = load_config(run)
-    def at(name):
-        return run / "final" / name if final and (run / "final" / name).exists() else run / name
     portal = Portal(cfg)
-    load_into(portal.core, at("core.safetensors"))
-    z = load_tensors(at("latents.safetensors")).get("z")
+    load_into(portal.core, newest("core.safetensors"))
+    z = load_tensors(newest("latents.safetensors")).get("z")
     if z is None or z.shape != portal.z.shape:
-        raise BadInput(f"{at('latents.safetensors')}: its tensors do not fit this run's portal.json")
+        raise BadInput(f"{newest('latents.safetensors')}: its tensors do not fit this run's portal.json")
     portal.z.data = z
-    for path in sorted((run / "converters").glob("*.safetensors")):
-        portal.converters[path.stem] = load_converter(cfg, at(f"converters/{path.name}"))
+    for tag in tags:
+        portal.converters[tag] = load_converter(cfg, newest(f"converters/{tag}.safetensors"))
     return portal

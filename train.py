@@ -6,32 +6,31 @@
 One round is `batch_size` rows of every task on every base. Adapters are generated once a round; micro-batches that mix
 the rows of all tasks leave their gradients on A and B; one backward pass takes those through the generator.
 """
-import resource, sys, time
+import resource, time
 
 import torch, transformers
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from bases import load_bases, resolve
-from cli import (OUT, ROOT, TOY_SEEN, BadInput, append_jsonl, new_folder, parse, read_json, run_main, today, write_json)
+from bases import load_base, short_names
+from cli import (OUT, ROOT, TOY_SEEN, TOY_UNSEEN, BadInput, append_jsonl, new_folder, parse, read_json, run_main, today,
+                 write_json)
 from data import Cycle, collate, encode, load_tasks, micro_batches, sample
 from eval import evaluate, full_precision, macro
 from portal import Config, Converter, Portal, save_portal
 
-# The write-up's numbers for real bases (appendix A), but for the learning rate of the trunk with LayerNorm, which is
-# not the write-up's: its features are some ten times larger, so the same step moves the adapters ten times as far.
-# The toy's own numbers were chosen on rows held out of its train split.
-REAL = dict(n=2000, epochs=5, batch_size=4, lr=dict(layer=1e-4, none=1e-3), max_tokens=4096, sizes={},
-            port=dict(n=1000, epochs=5, batch_size=4, lr=dict(layer=1e-4, none=1e-3), max_tokens=4096),
+# The write-up's numbers for real bases (appendix A); the toy's own, chosen on rows held out of its train split.
+REAL = dict(n=2000, epochs=5, batch_size=4, lr=1e-3, max_tokens=4096, sizes={},
+            port=dict(n=1000, epochs=5, batch_size=4, lr=1e-3, max_tokens=4096),
             lora=dict(epochs=5, batch_size=4, lr=1e-4, max_tokens=4096))
-TOY = dict(n=1000, epochs=6, batch_size=8, lr=dict(layer=1e-3, none=1e-3), max_tokens=4096,
-           sizes=dict(d_z=64, hidden=256, d_c=256),
-           port=dict(n=1000, epochs=6, batch_size=8, lr=dict(layer=1e-3, none=1e-3), max_tokens=4096),
-           lora=dict(epochs=4, batch_size=8, lr=3e-3, max_tokens=4096))
+TOY = dict(n=1000, epochs=5, batch_size=8, lr=1e-3, max_tokens=4096, sizes=dict(d_z=64, hidden=256, d_c=256, gain=1.0),
+           port=dict(n=1000, epochs=3, batch_size=8, lr=1e-3, max_tokens=4096),
+           lora=dict(epochs=3, batch_size=8, lr=3e-3, max_tokens=4096))
 
 
-def preset(bases):
-    return TOY if all(base.startswith("toy-") for base in bases) else REAL
+def preset(names):
+    """The settings for bases of these short names."""
+    return TOY if set(names) <= {*TOY_SEEN, *TOY_UNSEEN} else REAL
 
 
 # ---------------------------------------------------------------------------------------------- one round
@@ -48,13 +47,14 @@ def task_gradients(base, adapters, items, max_tokens):
     tokens = torch.zeros(len(leaf.tensors()[0]))                                     # [T] answer tokens of each task
     for item in items:
         tokens[item.task] += len(item.continuations[0])
+    assert all(len(item.continuations) == 1 for item in items), "training takes the gold continuation alone"
     tokens = tokens.to(base.device)
     losses = torch.zeros_like(tokens)
     for part in micro_batches(items, max_tokens):
         batch = collate(part, base.device)
-        nll = F.cross_entropy(full_precision(base.logits(batch, leaf)), batch.target, reduction="none")  # [M]: with one
-        task = batch.task[batch.row]                                                 # [M] continuation a row, N = M
-        nll = nll / tokens[task]
+        logits = full_precision(base.logits(batch, leaf))                            # [M, vocabulary]
+        task = batch.task[batch.row]                                                 # [M]
+        nll = F.cross_entropy(logits, batch.target, reduction="none") / tokens[task]
         nll.sum().backward()
         losses.index_add_(0, task, nll.detach().float())
     return losses, [a.grad for a in leaf.tensors()]
@@ -98,7 +98,7 @@ class Learner:
         self.schedule.step()
 
     def select(self, epoch, score):
-        """Keep this epoch's parameters if its held-out score is the best so far (no held-out rows: always)."""
+        """Keep this epoch's parameters if its held-out score, (acc_norm, -log_loss), is the best so far; None: always."""
         if self.best is None or score is None or score > self.score:
             self.score, self.epoch, self.best = score, epoch, [p.detach().clone() for p in self.params]
 
@@ -128,12 +128,19 @@ def fit(what, bases, generate, learners, rows, *, epochs, batch_size, max_tokens
         held[base.name] = encode(base.tokenizer, [row for _, h in rows.values() for row in h], tasks)[0]
     if cut:
         print(f"{cut} of {sum(len(c.items) for c in cycles.values())} training prompts were cut from the left")
+    def check(losses, on, base):
+        if not torch.isfinite(losses).all():
+            bad = tasks[int((~torch.isfinite(losses)).nonzero()[0])]
+            raise BadInput(f"{what}: the {on}loss is not finite on base {base.name}, task {bad}, round {done}; try a smaller "
+                           "--lr or --dtype float32 (nothing of this fit was saved)")
+
     running = {base.name: EMA() for base in bases}
     per_epoch, done = max(learner.rounds for learner in learners), 0
-    bar = tqdm(total=epochs * per_epoch, desc=what, unit="round", disable=not sys.stderr.isatty())
+    bar = tqdm(total=epochs * per_epoch, desc=what, unit="round", disable=None)
     for epoch in range(1, epochs + 1):
         start, total_loss, n_tokens = time.time(), 0.0, 0
         for k in range(per_epoch):
+            done += 1
             active = [learner for learner in learners if k < learner.rounds]
             now = [task for learner in active for task in learner.tasks]
             z_gradients, round_loss = [], 0.0
@@ -141,10 +148,7 @@ def fit(what, bases, generate, learners, rows, *, epochs, batch_size, max_tokens
                 items = [item for task in now for item in cycles[base.name, task].next()]
                 adapters = generate(base.name)
                 losses, gradients = task_gradients(base, adapters, items, max_tokens)
-                if not torch.isfinite(losses).all():
-                    bad = tasks[int((~torch.isfinite(losses)).nonzero()[0])]
-                    raise BadInput(f"{what}: the loss is not finite on base {base.name}, task {bad}, round {done + 1}; try a "
-                                   "smaller --lr or --dtype float32 (nothing of this command was saved)")
+                check(losses, "", base)
                 if ema:
                     weights = running[base.name].weights(losses).view(-1, 1, 1, 1)   # [T, 1, 1, 1]
                     gradients = [weights * g for g in gradients]
@@ -160,31 +164,34 @@ def fit(what, bases, generate, learners, rows, *, epochs, batch_size, max_tokens
                 learner.step()
             for learner in learners:
                 learner.optimizer.zero_grad()
-            done, total_loss = done + 1, total_loss + round_loss
+            total_loss += round_loss
             bar.update()
             bar.set_postfix(loss=f"{round_loss:.3f}", tok_s=int(n_tokens / (time.time() - start)))
-        seconds = time.time() - start
-        scores = {base.name: by_task(evaluate(base, generate(base.name), held[base.name], max_tokens), tasks) for base in bases}
+        seconds, scores = time.time() - start, {}
+        for base in bases:
+            with torch.no_grad():
+                cells = evaluate(base, generate(base.name), held[base.name], max_tokens)
+            check(torch.tensor([cells[t]["log_loss"] if t in cells else 0.0 for t in range(len(tasks))]), "held-out ", base)
+            scores.update({(base.name, tasks[t]): (cell["acc_norm"], -cell["log_loss"]) for t, cell in cells.items()})
         for learner in learners:
-            cells = [s[task] for s in scores.values() for task in learner.tasks if task in s]
-            learner.select(epoch, macro(cells) if cells else None)
-        acc, nll = macro([cell for s in scores.values() for cell in s.values()] or [(float("nan"),) * 2])
+            own = [score for (_, task), score in scores.items() if task in learner.tasks]
+            learner.select(epoch, macro(own) if own else None)
+        acc, nll = macro(list(scores.values())) if scores else (None, None)
         record = dict(event="epoch", what=what, bases=[b.name for b in bases], epoch=epoch, loss=total_loss / per_epoch,
-                      held_acc_norm=acc, held_log_loss=-nll, seconds=round(seconds, 2), tokens_per_s=round(n_tokens / seconds),
-                      peak_memory=peak_memory(bases[0].device), date=today())
+                      held_acc_norm=acc, held_log_loss=nll and -nll, seconds=round(seconds, 2),
+                      tokens_per_s=round(n_tokens / seconds), peak_memory=peak_memory(bases[0].device), date=today())
         append_jsonl(log, record)
-        tqdm.write(f"{what} epoch {epoch}/{epochs}: loss {record['loss']:.3f}, held-out acc_norm {acc:.3f}, "
-                   f"log_loss {-nll:.3f}, {seconds:.0f} s, {record['tokens_per_s']} tokens/s")
+        held_out = f"held-out acc_norm {acc:.3f}, log_loss {-nll:.3f}" if scores else "nothing held out"
+        tqdm.write(f"{what} epoch {epoch}/{epochs}: loss {record['loss']:.3f}, {held_out}, {seconds:.0f} s, "
+                   f"{record['tokens_per_s']} tokens/s")
     bar.close()
 
 
-def by_task(cells, tasks):
-    return {tasks[t]: (cell["acc_norm"], -cell["log_loss"]) for t, cell in cells.items()}
-
-
 def peak_memory(device):
-    """Peak bytes: of the GPU, or of this process."""
-    return torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Peak bytes: of this GPU since the process started, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 # ---------------------------------------------------------------------------------------------- the command
@@ -198,24 +205,26 @@ def portal_learner(portal, rows, epochs, batch_size, lr):
 
 
 def main(argv=None):
-    args = parse(__doc__, "bases data tasks n modules rank norm epochs batch-size lr max-tokens seed device dtype run overwrite", argv)
-    names = args.bases or list(TOY_SEEN)
-    settings = {k: getattr(args, k) or v for k, v in preset(names).items() if k not in ("sizes", "port", "lora")}
-    data = args.data or (ROOT / "toy" / "data" if preset(names) is TOY else ROOT / "data")
-    run = args.run or OUT / ("toy" if args.bases is None else "+".join(resolve(name)[0] for name in names))
+    args = parse(__doc__, "bases data tasks n modules rank norm epochs batch-size lr max-tokens seed device dtype run "
+                          "overwrite", argv)
+    specs = args.bases or TOY_SEEN
+    names = short_names(specs)
+    default = preset(names)
+    settings = {k: getattr(args, k) or v for k, v in default.items() if k not in ("sizes", "port", "lora")}
+    data = args.data or ROOT / ("toy/data" if default is TOY else "data")
+    run = args.run or OUT / ("toy" if args.bases is None else "+".join(names))
     seed = args.seed or 0
     rows = {task: sample(splits["train"], settings["n"], seed) for task, splits in load_tasks(data, args.tasks).items()}
-    cfg = Config(tasks=list(rows), **preset(names)["sizes"])
+    cfg = Config(tasks=list(rows), **default["sizes"])
     cfg.modules, cfg.norm = args.modules or cfg.modules, args.norm or cfg.norm
     cfg.rank, cfg.alpha = args.rank or cfg.rank, 2 * (args.rank or cfg.rank)
-    settings["lr"] = args.lr or settings["lr"][cfg.norm]
+    if run.exists() and not (run / "portal.json").exists() and not (run.is_dir() and not any(run.iterdir())):
+        raise BadInput(f"{run} is neither empty nor a run folder; --run DIR names another")
     if (run / "portal.json").exists() and not args.overwrite:
         same = read_json(run / "portal.json").get("config") == vars(cfg)
         raise BadInput(f"{run} already holds a trained run{'' if same else ' of another configuration'}; "
                        "--overwrite replaces it, --run DIR trains beside it")
-    if run.exists() and not (run / "portal.json").exists() and any(run.iterdir()):
-        raise BadInput(f"{run} is neither empty nor a run folder; --run DIR names another")
-    bases = load_bases(names, args.device, args.dtype)
+    bases = [load_base(spec, args.device, args.dtype) for spec in specs]
 
     torch.manual_seed(seed)
     portal = Portal(cfg)
@@ -232,8 +241,8 @@ def main(argv=None):
         learner.load_best()
         save_portal(folder, portal)
         provenance = [dict(base=b.name, id=b.origin, revision=b.revision, ported=False, n=settings["n"], seed=seed,
-                           epochs=settings["epochs"], epoch_selected=learner.epoch, seconds=round(time.time() - start, 1),
-                           date=today()) for b in bases]
+                           data=str(data.resolve()), epochs=settings["epochs"], epoch_selected=learner.epoch,
+                           seconds=round(time.time() - start, 1), date=today()) for b in bases]
         for p in provenance:
             write_json(folder / "converters" / f"{p['base']}.json", p)
         write_json(folder / "portal.json", dict(

@@ -15,14 +15,12 @@ which aligns the subspaces direction by direction: the i-th direction of the sou
 Controls: `copy` uses the source's A and B as they are, cut or zero-padded where the shapes differ; `random` puts a random
 delta of the source delta's Frobenius norm in its place. None of the three has epochs: "best" and "final" are one.
 """
-import sys
-
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from baselines.lora import load_adapters, save_adapters
-from portal import Adapters
+from cli import read_json, write_json
+from portal import Adapters, load_adapters, save_adapters
 
 K = 320                                                                              # leading singular directions kept
 
@@ -67,7 +65,7 @@ def delta_norm(A, B):
 def transfer(method, adapters, source, target):
     """The source base's Adapters, layer by layer through `method`, as Adapters of the target base."""
     A, B = {}, {}
-    for m in tqdm(adapters.A, desc=f"transfer to {target.name}", delay=2, leave=False, disable=not sys.stderr.isatty()):
+    for m in tqdm(adapters.A, desc=f"transfer to {target.name}", delay=2, leave=False, disable=None):
         pairs = [method(adapters.A[m][:, s], adapters.B[m][:, s], source.weight(m, s), target.weight(m, l))
                  for l in range(target.layers) for s in [same_depth(l, target.layers, source.layers)]]
         A[m], B[m] = (torch.stack(side, 1).contiguous() for side in zip(*pairs))     # [T, L, ...]
@@ -75,10 +73,16 @@ def transfer(method, adapters, source, target):
 
 
 def transfer_all(run, tag, target, source, seed):
-    """Carry the source's saved LoRAs over in the three ways and save them as baselines/<method>/<tag>; -> the names."""
-    lora = load_adapters(run / "baselines" / "lora" / f"{source.name}.safetensors", source.device)
+    """Carry the source's saved LoRAs over in the three ways and save them as baselines/<method>/<tag>, unless they are
+    there already from these very LoRAs; -> the methods' names."""
+    origin = {"source": source.name, "target": target.origin, "seed": seed,
+              "lora": read_json(run / "baselines" / "lora" / f"{source.name}.json")["date"]}
     generator = torch.Generator().manual_seed(seed)
     methods = {"cross_lora": cross_lora, "copy": copy, "random": lambda *args: random(*args, generator)}
     for name, method in methods.items():
-        save_adapters(run / "baselines" / name / f"{tag}.safetensors", transfer(method, lora, source, target))
+        path = run / "baselines" / name / f"{tag}.json"
+        if not path.exists() or read_json(path) != origin:
+            lora = load_adapters(run / "baselines" / "lora" / f"{source.name}.safetensors", source.device)
+            save_adapters(path.with_name(f"{tag}.safetensors"), transfer(method, lora, source, target))
+            write_json(path, origin)
     return tuple(methods)

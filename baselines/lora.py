@@ -9,8 +9,8 @@ import time
 import torch
 from torch import nn
 
-from cli import BadInput, today, write_json
-from portal import MODULES, Adapters, load_tensors, save_tensors
+from cli import today, write_json
+from portal import MODULES, Adapters, save_adapters
 from train import Learner, fit, rounds_of
 
 RANK, ALPHA = 16, 32
@@ -38,38 +38,27 @@ class TaskLoRAs:
         return [side[m][t] for side in (self.A, self.B) for m in side]
 
 
-def fit_lora(run, tag, base, rows, n, seed, settings):
-    """Fit the LoRAs of all tasks on `rows` {task: (train, held out)} and save them as baselines/lora/<tag>."""
-    torch.manual_seed(seed)
+def fit_lora(run, tag, base, rows, provenance, settings):
+    """Fit the LoRAs of all tasks on `rows` {task: (train, held out)} and save them as baselines/lora/<tag>; `provenance`
+    is that of the base's converter, whose rows and seed these are."""
+    torch.manual_seed(provenance["seed"])
     loras = TaskLoRAs(len(rows), base)
     learners = [Learner([{"params": loras.of(t), "lr": settings["lr"]}], [task],
                         rounds_of(train, settings["batch_size"]), settings["epochs"])
                 for t, (task, (train, _)) in enumerate(rows.items())]
     start = time.time()
-    fit(f"LoRA {tag}", [base], loras.adapters, learners, rows, seed=seed, log=run / "log.jsonl", ema=False,
+    fit(f"LoRA {tag}", [base], loras.adapters, learners, rows, seed=provenance["seed"], log=run / "log.jsonl", ema=False,
         **{k: settings[k] for k in ("epochs", "batch_size", "max_tokens")})
+    path = run / "baselines" / "lora" / f"{tag}.json"                                # written last: without it the LoRA
+    path.unlink(missing_ok=True)                                                     # counts as missing
     final = run / "final" / "baselines" / "lora" / f"{tag}.safetensors"
     final.unlink(missing_ok=True)
     if any(learner.epoch < settings["epochs"] for learner in learners):
         save_adapters(final, loras.adapters())
     for learner in learners:
         learner.load_best()
-    path = run / "baselines" / "lora" / f"{tag}.safetensors"
-    save_adapters(path, loras.adapters())
-    write_json(path.with_suffix(".json"), dict(
-        base=base.name, id=base.origin, revision=base.revision, n=n, seed=seed, epochs=settings["epochs"],
+    save_adapters(run / "baselines" / "lora" / f"{tag}.safetensors", loras.adapters())
+    write_json(path, dict(
+        {key: provenance[key] for key in ("base", "id", "revision", "n", "seed", "data")}, settings=settings,
         epoch_selected={task: learner.epoch for task, learner in zip(rows, learners)},
         seconds=round(time.time() - start, 1), date=today()))
-
-
-def save_adapters(path, adapters):
-    save_tensors(path, {**{f"A.{m}": a for m, a in adapters.A.items()}, **{f"B.{m}": b for m, b in adapters.B.items()},
-                        "scale": torch.tensor(adapters.scale)})
-
-
-def load_adapters(path, device="cpu"):
-    tensors = {name: tensor.to(device) for name, tensor in load_tensors(path).items()}
-    if "scale" not in tensors:
-        raise BadInput(f"{path}: holds no adapters")
-    side = lambda s: {name[2:]: tensor for name, tensor in tensors.items() if name.startswith(s)}
-    return Adapters(side("A."), side("B."), float(tensors["scale"]))

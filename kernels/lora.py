@@ -1,7 +1,7 @@
 """The batched LoRA matmul: every row of a batch has a task, and meets that task's A and B.
 
-This is the plain torch form: the reference and the CPU path. `index_select` (not `A[task]`) because its backward
-adds the rows up in order: gradients are the same from run to run.
+This is the plain torch form. `index_select` (not `A[task]`) because its backward adds the rows up in order on a CPU:
+gradients are the same from run to run. (On a GPU both add atomically, in any order.)
 """
 import torch
 

@@ -4,9 +4,9 @@ from conftest import tiny_base, tiny_model
 from test_bases import random_adapters
 
 from baselines.cross_lora import copy, cross_lora, delta_norm, random, same_depth, subspace, transfer
-from baselines.lora import TaskLoRAs, load_adapters, save_adapters
+from baselines.lora import TaskLoRAs
 from data import Cycle, Row, encode
-from portal import MODULES, Adapters
+from portal import MODULES, Adapters, load_adapters, save_adapters
 from train import Learner, fit, rounds_of
 
 

@@ -3,9 +3,9 @@ import copy
 
 import gguf, numpy as np, peft, pytest, torch
 from conftest import ARCHITECTURES, lora_hooks, save_tiny, tiny_base, tiny_model, tiny_tokenizer
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from bases import Base, find_projections, load_base, load_bases, resolve
+from bases import Base, find_projections, load_base, resolve, short_names
 from cli import BadInput
 from data import Item, Row, collate
 from portal import MODULES, Adapters
@@ -122,7 +122,7 @@ def test_a_folder_loads_and_a_broken_one_is_named(tmp_path):
     base = load_base(str(folder))
     assert base.name == "my-base" and base.origin == str(folder)
     with pytest.raises(BadInput, match="same short name"):
-        load_bases([str(folder), str(folder)])
+        short_names([str(folder), str(folder)])
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(BadInput, match="could not be loaded"):
@@ -131,6 +131,16 @@ def test_a_folder_loads_and_a_broken_one_is_named(tmp_path):
     torch.save({}, folder / "pytorch_model.bin")  # a pickle is never read
     with pytest.raises(BadInput, match="could not be loaded"):
         load_base(str(folder))
+
+
+def test_a_half_precision_load_is_transformers_own(tmp_path):
+    """Weights in bfloat16, rotary frequencies in float32: casting the latter would turn every later position."""
+    folder = save_tiny(tmp_path / "base", "gemma3")
+    base = load_base(str(folder), dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    assert {n: b.dtype for n, b in base.model.named_buffers()} == {n: b.dtype for n, b in model.named_buffers()}
+    ids = torch.tensor([list(range(4, 50)) * 2])
+    assert torch.equal(base.model(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 def test_a_gguf_file_loads_with_the_same_logits(tmp_path):

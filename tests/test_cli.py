@@ -57,7 +57,7 @@ def test_train_port_eval(trained, capsys):
     assert {"results.md", "base-a-n8.png", "base-c-n4.png", "base-c-n8.png"} <= set(os.listdir(trained))
     assert set(os.listdir(trained / "baselines")) == {"lora", "cross_lora", "copy", "random"}
     fitted = (trained / "baselines" / "lora" / "base-c.safetensors").stat().st_mtime_ns
-    assert command(evaluation, "--bases", "base-c", "--tasks", "one") == 0           # what is fitted is not fitted again
+    assert command(evaluation, "--bases", "./base-c", "--tasks", "one") == 0         # what is fitted is not fitted again
     assert (trained / "baselines" / "lora" / "base-c.safetensors").stat().st_mtime_ns == fitted
     again = [json.loads(line) for line in (trained / "results.jsonl").read_text().splitlines()][len(rows):]
     same = {(r["method"], r["n"], r["select"]): r["acc_norm"] for r in rows if (r["base"], r["task"]) == ("base-c", "one")}
@@ -70,10 +70,9 @@ def test_the_last_epoch_is_kept_beside_the_selected_one(trained, monkeypatch):
     assert command(port, "--to", "./base-c", "--n", "8", "--epochs", "3", "--batch-size", "2") == 0
     for name in ("base-a", "base-c"):
         base = load_base(f"./{name}")
-        p = portal.load_portal(trained)
         for final in (False, True):
             path = trained / "final" / "converters" / f"{name}.safetensors"
-            core = portal.load_portal(trained, final=final and name == "base-a")
+            core = portal.load_portal(trained, [name], final=final and name == "base-a")
             if final and path.exists():
                 core.converters[name] = portal.load_converter(core.cfg, path)
             got = evaluation.adapters_of(trained, "portal", name, base, final)
@@ -150,12 +149,16 @@ def test_bad_input_to_a_trained_run(trained, capsys, world):
         one_line(capsys, words)
         assert {k: v for k, v in fingerprint(trained).items() if k not in changed} == {k: v for k, v in before.items() if k not in changed}
     fails(["already holds a trained run;", "--overwrite"], train, *TRAIN)
+    fails(["portal.json", "neither empty nor a run folder"], train, *TRAIN, "--run", trained / "portal.json")
+    fails(["--seed", "2^63"], train, *TRAIN, "--overwrite", "--seed", "9" * 30)
+    fails(["--device", "meta"], train, *TRAIN, "--overwrite", "--device", "meta")
+    fails(["held-out loss is not finite", "base-a"], train, *TRAIN, "--overwrite", "--lr", "1e38", "--epochs", "1", "--batch-size", "64")
     fails(["of another configuration", "--overwrite"], train, *TRAIN, "--modules", "all")
     fails(["already seen base-a", "--overwrite"], port, "--to", "./base-a")
     fails(["--to is needed"], port)
     fails(["--n", "'0'"], port, "--to", "./base-c", "--n", "4,0")
     fails(["'base-z' is not in", "base-a, base-b"], evaluation, "--bases", "base-z")
-    fails(["--tasks nine", "one, three, two"], evaluation, "--tasks", "nine")
+    fails(["unknown task 'nine'", "one, three, two"], evaluation, "--tasks", "nine")
     fails(["nowhere", "not a run folder"], evaluation, "--run", "nowhere")
     fails(["not finite", "base-a", "task", "round"], train, *TRAIN, "--overwrite", "--lr", "1e30")
     core = trained / "core.safetensors"
@@ -166,6 +169,33 @@ def test_bad_input_to_a_trained_run(trained, capsys, world):
     assert command(port, "--to", "./base-c", "--n", "4", "--epochs", "1") == 0
     fails(["already seen base-c", "--overwrite"], port, "--to", "./base-c")
     assert command(port, "--to", "./base-c", "--n", "4", "--epochs", "1", "--overwrite") == 0
+
+
+def test_a_sweep_does_not_replace_a_port_on_more_rows(trained):
+    for n in ("8", "2,4"):
+        assert command(port, "--to", "./base-c", "--n", n, "--epochs", "1") == 0
+    counts = {p.stem: json.loads(p.read_text())["n"] for p in (trained / "converters").glob("base-c*.json")}
+    assert counts == {"base-c": 8, "base-c@2": 2, "base-c@4": 4}
+
+
+def test_a_single_row_a_task(trained):
+    """Nothing can be held out, so the last epoch is the one that counts."""
+    assert command(port, "--to", "./base-c", "--n", "1", "--epochs", "2") == 0
+    assert json.loads((trained / "converters" / "base-c.json").read_text())["epoch_selected"] == 2
+    assert json.loads((trained / "log.jsonl").read_text().splitlines()[-1])["held_acc_norm"] is None
+
+
+def test_a_swap_of_folders_that_fails_half_way_restores_the_old_one(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir(), (tmp_path / "run" / "old").touch()
+    rename = pathlib.Path.rename
+    def fails_on_new(self, target):
+        if ".new" in self.name:
+            raise KeyboardInterrupt
+        return rename(self, target)
+    monkeypatch.setattr(pathlib.Path, "rename", fails_on_new)
+    with pytest.raises(KeyboardInterrupt), cli.new_folder(tmp_path / "run") as folder:
+        (folder / "new").touch()
+    assert os.listdir(tmp_path) == ["run"] and os.listdir(tmp_path / "run") == ["old"]
 
 
 def test_no_run_yet(world, capsys):

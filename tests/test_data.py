@@ -2,8 +2,7 @@
 import json
 
 import pytest
-import torch
-from conftest import tiny_base, tiny_tokenizer, write_task
+from conftest import tiny_tokenizer, write_task
 
 from cli import BadInput
 from data import Cycle, Row, collate, encode, load_tasks, micro_batches, read_rows, sample
@@ -18,13 +17,19 @@ GOOD = {"task": "t", "prompt": "w1 w2", "choices": [" w3", " w4"], "gold_idx": 1
     (json.dumps({**GOOD, "choices": [" a", "  "]}), "choice 1 is empty or blank"),
     (json.dumps({**GOOD, "choices": [" a"]}), "two or more"), (json.dumps({**GOOD, "choices": "ab"}), "two or more"),
     (json.dumps({**GOOD, "prompt": "ends in a space "}), "prompt ends in white space"),
-    (json.dumps({**GOOD, "prompt": ""}), "prompt is empty"), (json.dumps({**GOOD, "task": "other"}), "'other' in the folder of 't'"),
+    (json.dumps({**GOOD, "prompt": "\ud800"}), "not JSON"), (json.dumps({**GOOD, "prompt": ""}), "prompt is empty"), (json.dumps({**GOOD, "task": "other"}), "'other' in the folder of 't'"),
 ])
 def test_a_bad_line_is_named_with_file_and_number(tmp_path, line, why):
     path = tmp_path / "train.jsonl"
     path.write_text(json.dumps(GOOD) + "\n" + line + "\n")
     with pytest.raises(BadInput, match=f"train.jsonl:2: .*{why}"):
         read_rows(path, "t")
+
+
+def test_only_a_newline_ends_a_line(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps({**GOOD, "prompt": "a\u2028b\u0085c"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_rows(path, "t")[0].prompt == "a\u2028b\u0085c"
 
 
 def test_load_tasks(tmp_path):

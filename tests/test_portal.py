@@ -76,9 +76,9 @@ def test_defaults_are_the_write_ups_sizes():
 def test_a_saved_run_loads_back_equal(tmp_path):
     base = tiny_base(name="base-1.7b")  # a dot in the name must survive
     portal = make_portal(base, modules=MODULES)
-    write_json(tmp_path / "portal.json", {"config": vars(portal.cfg)})
+    write_json(tmp_path / "portal.json", {"config": vars(portal.cfg), "bases": [], "seed": 0, "data": ""})
     save_portal(tmp_path, portal)
-    loaded = load_portal(tmp_path)
+    loaded = load_portal(tmp_path, ["base-1.7b"])
     assert list(loaded.converters) == ["base-1.7b"] and vars(loaded.cfg) == vars(portal.cfg)
     def tensors(p):
         return [p.z, *p.core.state_dict().values(), *p.converters[base.name].state_dict().values()]
@@ -91,12 +91,12 @@ def test_a_saved_run_loads_back_equal(tmp_path):
 @pytest.mark.parametrize("name", ["core.safetensors", "latents.safetensors", "converters/tiny.safetensors"])
 def test_a_truncated_or_foreign_file_is_named(tmp_path, name):
     portal = make_portal(tiny_base())
-    write_json(tmp_path / "portal.json", {"config": vars(portal.cfg)})
+    write_json(tmp_path / "portal.json", {"config": vars(portal.cfg), "bases": [], "seed": 0, "data": ""})
     save_portal(tmp_path, portal)
     path = tmp_path / name
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(BadInput, match=f"{path.name}.*not a whole safetensors"):
-        load_portal(tmp_path)
+        load_portal(tmp_path, ["tiny"])
     save_tensors(path, {"something": torch.zeros(2)})
     with pytest.raises(BadInput, match=f"{path.name}.*do not fit"):
-        load_portal(tmp_path)
+        load_portal(tmp_path, ["tiny"])
