@@ -23,9 +23,9 @@ from portal import Config, Converter, Portal, save_portal
 REAL = dict(n=2000, epochs=5, batch_size=4, lr=1e-3, max_tokens=4096, sizes={},
             port=dict(n=1000, epochs=5, batch_size=4, lr=1e-3, max_tokens=4096),
             lora=dict(epochs=5, batch_size=4, lr=1e-4, max_tokens=4096))
-TOY = dict(n=1000, epochs=5, batch_size=8, lr=1e-3, max_tokens=4096, sizes=dict(d_z=64, hidden=256, d_c=256, gain=1.0),
+TOY = dict(n=1000, epochs=4, batch_size=8, lr=1e-3, max_tokens=4096, sizes=dict(d_z=64, hidden=256, d_c=256, gain=1.0),
            port=dict(n=1000, epochs=3, batch_size=8, lr=1e-3, max_tokens=4096),
-           lora=dict(epochs=3, batch_size=8, lr=3e-3, max_tokens=4096))
+           lora=dict(epochs=2, batch_size=8, lr=3e-3, max_tokens=4096))
 
 
 def preset(names):
