@@ -131,10 +131,10 @@ def hardware():
 def write_results(run, tasks):
     """results.md and one bar plot a base, drawn from results.jsonl alone."""
     found, seen = read_results(run), [b["base"] for b in read_json(run / "portal.json")["bases"]]
-    counts = {key: sorted({row[key] for cells in found.values() for row in cells.values()}) for key in ("rows", "seed")}
+    rows, seeds = (sorted({row[key] for cells in found.values() for row in cells.values()}) for key in ("rows", "seed"))
     lines = [f"# Results of {run.resolve().name}", "",
-             f"{len(tasks)} tasks, {' to '.join(map(str, sorted({counts['rows'][0], counts['rows'][-1]})))} evaluation rows each; "
-             f"seed {', '.join(map(str, counts['seed']))}; {hardware()}.", "",
+             f"{len(tasks)} tasks, {' to '.join(map(str, sorted({rows[0], rows[-1]})))} evaluation rows each; "
+             f"seed {', '.join(map(str, seeds))}; {hardware()}.", "",
              "Macro averages over the tasks. `best`: the epoch selected on rows held out of train; `final`: the last epoch. "
              "Lift and retention are of the selected epoch, against the LoRA fitted on the same rows.", "",
              "| base | role | n | method | acc_norm best | acc_norm final | log_loss best | recovered lift | retention |",

@@ -14,6 +14,7 @@ from transformers import (Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalG
 import cli
 from bases import Base
 
+torch.set_num_threads(1)  # tiny tensors: two threads would spend their time waiting for each other
 
 
 def pytest_configure(config):

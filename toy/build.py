@@ -1,7 +1,7 @@
 """
 The toy: a world so small that four language models can be pre-trained for it on a laptop.
 
-    python toy/build.py                    # everything: tasks, tokenizers, four bases (about 40 minutes on one core)
+    python toy/build.py                    # everything: tasks, tokenizers, four bases (about 40 minutes on two cores)
     python toy/build.py --only toy-gemma   # one base again (two shells can share the work)
     python toy/build.py --check            # only measure what is on disk
 
