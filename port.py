@@ -55,12 +55,12 @@ def main(argv=None):
     for spec, name in zip(specs, short_names(specs)):
         counts = sorted(args.n or [preset([name])["port"]["n"]])
         path = run / "converters" / f"{name}.json"
-        held = read_json(path)["n"] if path.exists() else 0
-        # The base's converter is the one of the largest n; the others of a sweep stand beside it as <base>@<n>.
-        tags = [name if n == counts[-1] and n >= held else f"{name}@{n}" for n in counts]
-        for tag in tags:
-            if (run / "converters" / f"{tag}.json").exists() and not args.overwrite:
-                raise BadInput(f"{run} has already seen {tag}: it holds its converter; --overwrite refits it")
+        if path.exists() and not args.overwrite:
+            raise BadInput(f"{run} has already seen {name}: it holds its converter; --overwrite refits it")
+        # The largest n of a sweep is the base's converter, unless the run holds one of more rows; the others stand beside
+        # it as <base>@<n>.
+        most = max(counts[-1], read_json(path)["n"] if path.exists() and len(counts) > 1 else 0)
+        tags = [name if n == most else f"{name}@{n}" for n in counts]
         jobs.append((spec, list(zip(tags, counts))))
     seed = saved["seed"] if args.seed is None else args.seed
     folder = args.data or pathlib.Path(saved["data"])

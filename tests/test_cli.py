@@ -155,6 +155,7 @@ def test_bad_input_to_a_trained_run(trained, capsys, world):
     fails(["held-out loss is not finite", "base-a"], train, *TRAIN, "--overwrite", "--lr", "1e38", "--epochs", "1", "--batch-size", "64")
     fails(["of another configuration", "--overwrite"], train, *TRAIN, "--modules", "all")
     fails(["already seen base-a", "--overwrite"], port, "--to", "./base-a")
+    fails(["already seen base-a", "--overwrite"], port, "--to", "./base-a", "--n", "2,4")
     fails(["--to is needed"], port)
     fails(["--n", "'0'"], port, "--to", "./base-c", "--n", "4,0")
     fails(["'base-z' is not in", "base-a, base-b"], evaluation, "--bases", "base-z")
@@ -172,10 +173,12 @@ def test_bad_input_to_a_trained_run(trained, capsys, world):
 
 
 def test_a_sweep_does_not_replace_a_port_on_more_rows(trained):
-    for n in ("8", "2,4"):
-        assert command(port, "--to", "./base-c", "--n", n, "--epochs", "1") == 0
-    counts = {p.stem: json.loads(p.read_text())["n"] for p in (trained / "converters").glob("base-c*.json")}
-    assert counts == {"base-c": 8, "base-c@2": 2, "base-c@4": 4}
+    def counts(n, *flags):
+        assert command(port, "--to", "./base-c", "--n", n, "--epochs", "1", *flags) == 0
+        return {p.stem: json.loads(p.read_text())["n"] for p in (trained / "converters").glob("base-c*.json")}
+    assert counts("8") == {"base-c": 8}
+    assert counts("2,4", "--overwrite") == {"base-c": 8, "base-c@2": 2, "base-c@4": 4}
+    assert counts("6", "--overwrite") == {"base-c": 6, "base-c@2": 2, "base-c@4": 4}  # asked for by itself, it does
 
 
 def test_a_single_row_a_task(trained):
