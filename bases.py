@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from cli import ROOT, BadInput, first_sentence
+from cli import ROOT, TOY_SEEN, TOY_UNSEEN, BadInput, first_sentence
 from kernels.lora import lora_matmul
 from portal import MODULES
 
@@ -22,7 +22,7 @@ HUB = {
     "smollm2-135m": "HuggingFaceTB/SmolLM2-135M", "smollm2-360m": "HuggingFaceTB/SmolLM2-360M",
     "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B", "qwen2.5-coder-0.5b": "Qwen/Qwen2.5-Coder-0.5B",
 }
-TOY = {name: ROOT / "toy" / name for name in ("toy-qwen-s", "toy-qwen-m", "toy-qwen-l", "toy-gemma")}
+TOY = {name: ROOT / "toy" / name for name in (*TOY_SEEN, *TOY_UNSEEN)}
 
 
 def resolve(spec):

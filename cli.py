@@ -161,7 +161,7 @@ def today():
 def find_run(run):
     """`--run`, or the run trained last (the newest `trained` date in out/*/portal.json); prints which."""
     if run is None:
-        found = [p for p in OUT.glob("*/portal.json")]
+        found = list(OUT.glob("*/portal.json"))
         if not found:
             raise BadInput(f"no run in {OUT}/: train one first (python train.py) or name one with --run DIR")
         run = max(found, key=lambda p: read_json(p).get("trained", "")).parent

@@ -27,8 +27,6 @@ def score(base, adapters, items, max_tokens):
 
     A prompt is encoded once, its continuations behind it; rows of all tasks and lengths share micro-batches.
     """
-    if adapters is not None:
-        adapters = adapters.map(lambda a: a.detach())
     found = {}
     parts = list(micro_batches(items, max_tokens))
     for part in tqdm(parts, desc=f"scoring on {base.name}", unit="batch", delay=2, leave=False, disable=None):
@@ -218,17 +216,18 @@ def main(argv=None):
 
     def ensure_lora(tag):
         """Fit the per-task LoRAs of a base on the very rows its converter was fitted on, unless they are there."""
+        if tag in fitted:
+            return
+        fitted.add(tag)
         p, path = provenance[tag], run / "baselines" / "lora" / f"{tag}.json"
         there = path.exists() and all(read_json(path)[key] == p[key] for key in ("id", "revision", "n", "seed", "data"))
-        if tag not in fitted and (args.overwrite or not there):
+        if args.overwrite or not there:
             tasks = load_tasks(pathlib.Path(p["data"]), cfg.tasks)
             train_rows = {task: sample(splits["train"], p["n"], p["seed"]) for task, splits in tasks.items()}
             settings = {k: getattr(args, k) or v for k, v in preset([p["base"]])["lora"].items()}
             lora.fit_lora(run, tag, base_of(tag), train_rows, p, settings)
-            fitted.add(tag)
-        elif tag not in fitted:
+        else:
             print(f"LoRA {tag}: fitted before with {read_json(path)['settings']}; --overwrite fits it again")
-            fitted.add(tag)
 
     for tag in [tag for name in chosen for tag, p in provenance.items() if p["base"] == name]:
         base, p = base_of(tag), provenance[tag]
@@ -241,8 +240,8 @@ def main(argv=None):
         items, cut = encode(base.tokenizer, rows, cfg.tasks)
         if cut:
             print(f"{base.name}: {cut} of {len(items)} prompts were cut from the left")
+        max_tokens = args.max_tokens or preset([base.name])["max_tokens"]
         for method in ("base", "lora", *transfers, "portal"):
-            max_tokens = args.max_tokens or preset([base.name])["max_tokens"]
             measure(run, method, tag, base, items, cfg.tasks, max_tokens, dict(
                 role="seen" if base.name in seen else "unseen", seed=p["seed"], n=0 if method == "base" else p["n"]))
     write_results(run, cfg.tasks)

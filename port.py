@@ -13,7 +13,7 @@ from bases import load_base, short_names
 from cli import TOY_UNSEEN, BadInput, commas, find_run, parse, positive, read_json, run_main, today, write_json
 from data import load_tasks, sample
 from portal import Converter, load_config, load_portal, save_converter
-from train import REAL, fit, portal_learner, preset
+from train import REAL, fit, portal_learner, preset, save_states
 
 
 def port(run, portal, base, tag, rows, n, seed, data, settings):
@@ -31,12 +31,8 @@ def port(run, portal, base, tag, rows, n, seed, data, settings):
 
     provenance = run / "converters" / f"{tag}.json"                                  # written last: without it the rest
     provenance.unlink(missing_ok=True)                                               # does not count as a port
-    final = run / "final" / "converters" / f"{tag}.safetensors"
-    final.unlink(missing_ok=True)
-    if learner.epoch < settings["epochs"]:
-        save_converter(run, portal, base.name, tag, final=True)
-    learner.load_best()
-    save_converter(run, portal, base.name, tag)
+    (run / "final" / "converters" / f"{tag}.safetensors").unlink(missing_ok=True)
+    save_states([learner], settings["epochs"], lambda final: save_converter(run, portal, base.name, tag, final))
     write_json(provenance, dict(
         base=base.name, id=base.origin, revision=base.revision, ported=True, n=n, seed=seed, data=data,
         epochs=settings["epochs"], epoch_selected=learner.epoch, seconds=seconds, date=today()))

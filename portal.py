@@ -109,10 +109,10 @@ class Portal:
         self.core = Core(cfg)
         self.converters = {}                                                         # {base name: Converter}
 
-    def adapters(self, base, z=None):
-        """Generate the adapters of every task (or of the latents `z` [T, d_z]) for one base, with their graph."""
+    def adapters(self, base):
+        """Generate the adapters of every task for one base, with their graph."""
         converter = self.converters[base]
-        A_hat, B_hat = self.core(self.z if z is None else z, converter.e)
+        A_hat, B_hat = self.core(self.z, converter.e)
         return Adapters({m: A_hat[m] @ converter.P_in[m] for m in self.cfg.modules},   # [T, L, r, d_in]
                         {m: converter.P_out[m] @ B_hat[m] for m in self.cfg.modules},  # [T, L, d_out, r]
                         self.cfg.alpha / self.cfg.rank)

@@ -108,6 +108,15 @@ class Learner:
             p.copy_(best)
 
 
+def save_states(learners, epochs, save):
+    """save(final=True) the last epoch where another was selected for some learner, then save(final=False) the selected."""
+    if any(learner.epoch < epochs for learner in learners):
+        save(final=True)
+    for learner in learners:
+        learner.load_best()
+    save(final=False)
+
+
 def rounds_of(rows, batch_size):
     return -(-len(rows) // batch_size)
 
@@ -236,10 +245,7 @@ def main(argv=None):
     with new_folder(run) as folder:                                                  # becomes `run` when it is whole
         fit("train", bases, portal.adapters, [learner], rows, seed=seed, log=folder / "log.jsonl", z=portal.z,
             **{k: settings[k] for k in ("epochs", "batch_size", "max_tokens")})
-        if learner.epoch < settings["epochs"]:
-            save_portal(folder, portal, final=True)
-        learner.load_best()
-        save_portal(folder, portal)
+        save_states([learner], settings["epochs"], lambda final: save_portal(folder, portal, final))
         provenance = [dict(base=b.name, id=b.origin, revision=b.revision, ported=False, n=settings["n"], seed=seed,
                            data=str(data.resolve()), epochs=settings["epochs"], epoch_selected=learner.epoch,
                            seconds=round(time.time() - start, 1), date=today()) for b in bases]

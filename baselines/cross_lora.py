@@ -15,6 +15,8 @@ which aligns the subspaces direction by direction: the i-th direction of the sou
 Controls: `copy` uses the source's A and B as they are, cut or zero-padded where the shapes differ; `random` puts a random
 delta of the source delta's Frobenius norm in its place. None of the three has epochs: "best" and "final" are one.
 """
+import functools
+
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -30,7 +32,8 @@ def same_depth(l, layers, source_layers):
     return round(l * (source_layers - 1) / max(1, layers - 1))
 
 
-def subspace(W):
+@functools.lru_cache(maxsize=2)                                                      # a deeper target asks for a source layer
+def subspace(W):                                                                     # several times in a row
     """W [d_out, d_in] -> U [d_out, k], V [d_in, k], ordered by singular value, signs fixed."""
     U, _, Vt = torch.linalg.svd(W.float(), full_matrices=False)
     U, V = U[:, :K], Vt[:K].T

@@ -11,7 +11,7 @@ from torch import nn
 
 from cli import today, write_json
 from portal import MODULES, Adapters, save_adapters
-from train import Learner, fit, rounds_of
+from train import Learner, fit, rounds_of, save_states
 
 RANK, ALPHA = 16, 32
 
@@ -51,13 +51,9 @@ def fit_lora(run, tag, base, rows, provenance, settings):
         **{k: settings[k] for k in ("epochs", "batch_size", "max_tokens")})
     path = run / "baselines" / "lora" / f"{tag}.json"                                # written last: without it the LoRA
     path.unlink(missing_ok=True)                                                     # counts as missing
-    final = run / "final" / "baselines" / "lora" / f"{tag}.safetensors"
-    final.unlink(missing_ok=True)
-    if any(learner.epoch < settings["epochs"] for learner in learners):
-        save_adapters(final, loras.adapters())
-    for learner in learners:
-        learner.load_best()
-    save_adapters(run / "baselines" / "lora" / f"{tag}.safetensors", loras.adapters())
+    selected, last = (root / "baselines" / "lora" / f"{tag}.safetensors" for root in (run, run / "final"))
+    last.unlink(missing_ok=True)
+    save_states(learners, settings["epochs"], lambda final: save_adapters(last if final else selected, loras.adapters()))
     write_json(path, dict(
         {key: provenance[key] for key in ("base", "id", "revision", "n", "seed", "data")}, settings=settings,
         epoch_selected={task: learner.epoch for task, learner in zip(rows, learners)},

@@ -4,6 +4,7 @@ import os, pathlib, sys
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported anywhere
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
+import peft
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -91,6 +92,13 @@ def lora_hooks(model, A, B, scale):
                     return y + scale * (args[0] @ a.T @ b.T)
                 handles.append(module.register_forward_hook(hook))
     return handles
+
+
+def peft_projections(model):
+    """Every LoRA layer of a PEFT model as (module kind, layer, PEFT's module)."""
+    for name, module in model.named_modules():
+        if isinstance(module, peft.tuners.lora.Linear):
+            yield name.split(".")[-1].removesuffix("_proj"), int(name.split("layers.")[1].split(".")[0]), module
 
 
 def write_task(folder, task, train=12, evaluation=6, seed=0):

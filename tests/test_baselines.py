@@ -1,6 +1,6 @@
 """Per-task LoRA: all at once equals one at a time, and PEFT's training. Cross-LoRA: what its algebra promises."""
 import peft, torch
-from conftest import tiny_base, tiny_model
+from conftest import peft_projections, tiny_base, tiny_model
 from test_bases import random_adapters
 
 from baselines.cross_lora import copy, cross_lora, delta_norm, random, same_depth, subspace, transfer
@@ -53,12 +53,8 @@ def test_training_equals_pefts(tmp_path):
     torch.manual_seed(0)
     loras = TaskLoRAs(1, base, rank=4, alpha=8)
     model = peft.get_peft_model(tiny_model(), peft.LoraConfig(r=4, lora_alpha=8, target_modules=[f"{m}_proj" for m in MODULES]))
-    places = {}
-    for name, module in model.named_modules():
-        if isinstance(module, peft.tuners.lora.Linear):
-            m, layer = name.split(".")[-1].removesuffix("_proj"), int(name.split("layers.")[1].split(".")[0])
-            places[m, layer] = module
-            module.lora_A["default"].weight.data.copy_(loras.A[m][0][layer])
+    for m, layer, module in peft_projections(model):
+        module.lora_A["default"].weight.data.copy_(loras.A[m][0][layer])
     learner = Learner([{"params": loras.of(0), "lr": 1e-2}], ["one"], 3, 1)
     fit("test", [base], loras.adapters, [learner], rows, seed=0, log=tmp_path / "log.jsonl", ema=False,
         epochs=1, batch_size=2, max_tokens=200)
@@ -74,7 +70,7 @@ def test_training_equals_pefts(tmp_path):
         model(input_ids=ids, labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
-    for (m, layer), module in places.items():
+    for m, layer, module in peft_projections(model):
         torch.testing.assert_close(loras.B[m][0][layer], module.lora_B["default"].weight, rtol=1e-3, atol=1e-4)
 
 

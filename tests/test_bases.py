@@ -2,7 +2,7 @@
 import copy
 
 import gguf, numpy as np, peft, pytest, torch
-from conftest import ARCHITECTURES, lora_hooks, save_tiny, tiny_base, tiny_model, tiny_tokenizer
+from conftest import ARCHITECTURES, lora_hooks, peft_projections, save_tiny, tiny_base, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from bases import Base, find_projections, load_base, resolve, short_names
@@ -81,11 +81,8 @@ def test_peft_gives_the_same_logits():
         A, B, scale = of_task(adapters, item.task)
         model = peft.get_peft_model(tiny_model(), peft.LoraConfig(
             r=4, lora_alpha=4 * scale, target_modules=[f"{m}_proj" for m in MODULES]))
-        state = {}
-        for name, module in model.named_modules():
-            if isinstance(module, peft.tuners.lora.Linear):
-                m, layer = name.split(".")[-1].removesuffix("_proj"), int(name.split("layers.")[1].split(".")[0])
-                module.lora_A["default"].weight.copy_(A[m][layer]), module.lora_B["default"].weight.copy_(B[m][layer])
+        for m, layer, module in peft_projections(model):
+            module.lora_A["default"].weight.copy_(A[m][layer]), module.lora_B["default"].weight.copy_(B[m][layer])
         want.append(plain_log_p(model.eval(), item, item.continuations[0]))
     torch.testing.assert_close(got, torch.cat(want), rtol=1e-4, atol=1e-5)
 
