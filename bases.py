@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from cli import ROOT, TOY_SEEN, TOY_UNSEEN, BadInput, first_sentence
-from kernels.lora import lora_matmul
+from kernels.lora import lora_linear
 from portal import MODULES
 
 HUB = {
@@ -57,11 +57,10 @@ class Adapted(nn.Module):
         self.linear, self.kind, self.layer, self.live = linear, kind, layer, live
 
     def forward(self, x):                                                            # [R, S, d_in]
-        y = self.linear(x)
         if self.kind not in self.live.A:
-            return y
-        A, B = self.live.A[self.kind][self.layer], self.live.B[self.kind][self.layer]
-        return y + lora_matmul(x, A, B, self.live.task, self.live.scale)             # [R, S, d_out]
+            return self.linear(x)
+        A, B = self.live.A[self.kind][self.layer], self.live.B[self.kind][self.layer]  # [T, r, d_in], [T, d_out, r]
+        return lora_linear(x, self.linear.weight, self.linear.bias, A, B, self.live.task, self.live.scale)  # [R, S, d_out]
 
 
 class PickedHead(nn.Module):
@@ -117,8 +116,8 @@ class Base:
         """
         live = self.live
         if adapters is not None:
-            live.A = {m: a.to(self.model.dtype).unbind(1) for m, a in adapters.A.items()}  # L tensors [T, r, d_in]
-            live.B = {m: b.to(self.model.dtype).unbind(1) for m, b in adapters.B.items()}
+            live.A = {m: a.unbind(1) for m, a in adapters.A.items()}                 # L tensors [T, r, d_in]
+            live.B = {m: b.unbind(1) for m, b in adapters.B.items()}                 # L tensors [T, d_out, r]
             live.scale, live.task = adapters.scale, batch.task
         live.at = batch.at
         try:

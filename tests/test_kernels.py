@@ -1,21 +1,168 @@
-"""The batched LoRA matmul against a plain loop over rows, in float64 autograd."""
+"""The batched LoRA matmul against a plain loop over rows in float64 autograd: the torch twins, and the Triton kernels in
+Triton's interpreter (float32), compiled for an H100 without having one, and on a GPU where there is one."""
+import os, pathlib, subprocess, sys
+
 import pytest
 import torch
 
-from kernels.lora import lora_matmul
+from kernels import lora
+
+triton = pytest.importorskip("triton")
+MIXED, ONE, ABSENT = [0, 2, 2, 1], [1, 1, 1, 1], [2, 0, 2, 0]
 
 
-@pytest.mark.parametrize("task", [[0, 2, 2, 1], [1, 1, 1, 1], [2, 0, 2, 0]])  # mixed, one task, an absent task
+def case(task, r, S=37, d_in=70, d_out=150, dtype=torch.float64, device="cpu", transposed_dy=False):
+    """Random inputs (x, W, bias, A, B, task), dy."""
+    torch.manual_seed(r + S)
+    R, T = len(task), 3
+    def draw(*shape):
+        return torch.randn(shape, dtype=torch.float64).to(device, dtype)
+    dy = draw(R, d_out, S).transpose(1, 2) if transposed_dy else draw(R, S, d_out)
+    return (draw(R, S, d_in), draw(d_out, d_in), draw(d_out), draw(T, r, d_in), draw(T, d_out, r),
+            torch.tensor(task, device=device)), dy
+
+
+def run(f, inputs, dy, scale=1.7):
+    """y, dx, dA, dB of f."""
+    x, W, bias, A, B, task = inputs
+    x, A, B = (a.detach().clone().requires_grad_() for a in (x, A, B))
+    y = f(x, W, bias, A, B, task, scale)
+    return [y.detach(), *torch.autograd.grad(y, (x, A, B), dy)]
+
+
+def loop(x, W, bias, A, B, task, scale):
+    """The reference: a row at a time, differentiated by autograd."""
+    return torch.stack([x[row] @ W.T + bias + scale * (x[row] @ A[t].T) @ B[t].T for row, t in enumerate(task.tolist())])
+
+
+def in_float64(inputs, dy):
+    return [a.double() if a.is_floating_point() else a for a in inputs], dy.double()
+
+
+def errors(got, want):
+    """Relative norm errors of y, dx, dA, dB."""
+    return [float((g.double() - w).norm() / w.norm()) for g, w in zip(got, want)]
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Send CPU tensors to the Triton kernels, which run in the interpreter (TRITON_INTERPRET=1, conftest.py)."""
+    if os.environ["TRITON_INTERPRET"] != "1":
+        pytest.skip("the kernels are compiled for the GPU; TRITON_INTERPRET=1 runs them here")
+    monkeypatch.setattr(lora, "fused", lambda x: True)
+
+
+@pytest.mark.parametrize("task", [MIXED, ONE, ABSENT], ids=["mixed", "one task", "an absent task"])
 @pytest.mark.parametrize("r", [4, 5, 8])
-def test_equals_a_loop_over_rows_with_every_gradient(task, r):
-    torch.manual_seed(r)
-    x, A, B = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((4, 7, 6), (3, r, 6), (3, 10, r)))
-    dy = torch.randn(4, 7, 10, dtype=torch.float64)
-    y = lora_matmul(x, A, B, torch.tensor(task), 2.0)
-    reference = torch.stack([2.0 * (B[t] @ (A[t] @ x[row].T)).T for row, t in enumerate(task)])
-    got, want = (torch.autograd.grad(out, (x, A, B), dy) for out in (y, reference))
-    torch.testing.assert_close(y, reference, rtol=1e-12, atol=1e-12)
-    for g, w in zip(got, want):
-        torch.testing.assert_close(g, w, rtol=1e-12, atol=1e-12)
+def test_twins_equal_a_loop_over_rows_with_every_gradient(task, r):
+    inputs, dy = case(task, r)
+    got, want = run(lora.lora_linear, inputs, dy), run(loop, inputs, dy)
+    assert max(errors(got, want)) < 1e-14
     for t in set(range(3)) - set(task):
-        assert not got[1][t].any() and not got[2][t].any()
+        assert not got[2][t].any() and not got[3][t].any()
+
+
+@pytest.mark.parametrize("task", [MIXED, ONE, ABSENT], ids=["mixed", "one task", "an absent task"])
+@pytest.mark.parametrize("r", [4, 5, 8, 16])
+def test_kernels_equal_a_loop_over_rows_with_every_gradient(interpreted, task, r):
+    inputs, dy = case(task, r, S=37 if r != 8 else 80, dtype=torch.float32)          # below and above a tile of 64
+    got, want = run(lora.lora_linear, inputs, dy), run(loop, *in_float64(inputs, dy))
+    assert max(errors(got, want)) < 1e-6
+    for t in set(range(3)) - set(task):
+        assert not got[2][t].any() and not got[3][t].any()
+
+
+def test_kernels_take_strides_as_they_are(interpreted):
+    """dy as a transposed view, x as a slice of something wider, A and B as one layer of [T, L, ...]."""
+    inputs, dy = case(MIXED, 8, dtype=torch.float32, transposed_dy=True)
+    want = run(loop, *in_float64(inputs, dy))
+    x, W, bias, A, B, task = inputs
+    x = torch.cat([x, x], -1)[..., :x.shape[2]]
+    A, B = (torch.stack([torch.zeros_like(a), a], 1).unbind(1)[1] for a in (A, B))
+    assert not (dy.is_contiguous() or x.is_contiguous() or A.is_contiguous() or B.is_contiguous())
+    before = [a.clone() for a in (x, A, B, dy)]
+    leaves = [a.requires_grad_() for a in (x, A, B)]
+    y = lora.lora_linear(x, W, bias, A, B, task, 1.7)
+    got = [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+    assert max(errors(got, want)) < 1e-6
+    assert all(torch.equal(a, b) for a, b in zip(before, (x, A, B, dy)))             # nothing that came in was written to
+
+
+def test_many_short_rows_of_one_task_and_one_long_row_are_dealt_out(interpreted):
+    for task, S in (([0] * 9, 5), ([2], 300)):
+        inputs, dy = case(task, 8, S=S, dtype=torch.float32)
+        assert max(errors(run(lora.lora_linear, inputs, dy)[:3], run(loop, *in_float64(inputs, dy))[:3])) < 1e-6
+
+
+def test_B_zero_is_the_base_bit_for_bit_and_twice_run_is_bit_equal(interpreted):
+    inputs, dy = case(MIXED, 8, dtype=torch.float32)
+    x, W, bias, A, B, task = inputs
+    assert torch.equal(lora.lora_linear(x, W, bias, A, torch.zeros_like(B), task, 2.0), torch.nn.functional.linear(x, W, bias))
+    assert all(torch.equal(a, b) for a, b in zip(run(lora.lora_linear, inputs, dy), run(lora.lora_linear, inputs, dy)))
+
+
+def test_no_work_for_gradients_nobody_needs(monkeypatch):
+    """A first layer's x needs no gradient; a frozen A none either: then there is no ds at all."""
+    inputs, dy = case(MIXED, 8)
+    x, W, bias, A, B, task = inputs
+    calls = []
+    for name in ("shrink", "expand_add_", "outer"):
+        monkeypatch.setattr(lora, name, lambda *a, f=getattr(lora, name), name=name: calls.append(name) or f(*a))
+    lora.lora_linear(x, W, bias, A, B.requires_grad_(), task, 1.0).backward(dy)
+    assert calls == ["shrink", "expand_add_", "outer"]
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    (x, W, bias, A, B, task), _ = case(MIXED, 8)
+    for wrong in ((x[0], W, bias, A, B, task), (x, W, bias, A[:, :, 1:], B, task), (x, W, bias, A[1:], B, task),
+                  (x, W, bias, A, B[:, :, 1:], task), (x, W, bias, A, B, task[1:])):
+        with pytest.raises(ValueError, match="do not fit"):
+            lora.lora_linear(*wrong, 1.0)
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from kernels import lora
+for kernel, tensors, tiles in ((lora.shrink_kernel, dict(x="x", A="w", s="x"), dict(BS=32, BD=256)),
+                               (lora.expand_add_kernel, dict(y="x", s="x", B="w"), dict(BS=64, BD=128)),
+                               (lora.outer_kernel, dict(s="x", x="x", out="*fp32"), dict(BS=64, BD=128))):
+    for weights in ("*fp32", "*bf16") if kernel is not lora.outer_kernel else ("*fp32",):
+        for x, r in (("*bf16", 8), ("*bf16", 16), ("*fp32", 8)):
+            constants = dict(tiles, RP=lora.padded(r))
+            signature = {}
+            for name in kernel.arg_names:
+                kind = tensors.get(name, "*i64" if name == "task" else "fp32" if name == "scale" else "i32")
+                signature[name] = "constexpr" if name in constants else {"x": x, "w": weights}.get(kind, kind)
+            binary = triton.compile(ASTSource(fn=kernel, signature=signature, constexprs=constants),
+                                    target=GPUTarget("cuda", 90, 32))
+            assert binary.asm["cubin"] and ("mma" in binary.asm["ptx"]) == (x == "*bf16"), (kernel, x, r)
+            print("compiled", kernel.__name__, x, weights, r)
+"""
+
+
+def test_kernels_compile_for_an_h100():
+    """In a process of its own, since here Triton interprets. bf16 dots must become tensor-core instructions."""
+    root = pathlib.Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", COMPILE], cwd=root, capture_output=True, text=True,
+                          env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(root)})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("compiled") == 15
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("r", [5, 8, 16])
+def test_bf16_on_a_gpu_is_as_exact_as_eager_bf16(r):
+    inputs, dy = case(MIXED, r, S=300, d_in=512, d_out=1000, dtype=torch.bfloat16, device="cuda")
+    want = run(loop, *in_float64(inputs, dy))
+    ours, eager = errors(run(lora.lora_linear, inputs, dy), want), errors(run(loop, inputs, dy), want)
+    assert max(ours) < 1e-2 and all(a <= 1.5 * b for a, b in zip(ours, eager)), (ours, eager)
+
+
+@pytest.mark.gpu
+def test_float32_on_a_gpu_equals_float64_and_runs_are_bit_equal():
+    inputs, dy = case(MIXED, 8, S=300, d_in=512, d_out=1000, dtype=torch.float32, device="cuda")
+    got = run(lora.lora_linear, inputs, dy)
+    assert max(errors(got, run(loop, *in_float64(inputs, dy)))) < 1e-5
+    assert all(torch.equal(a, b) for a, b in zip(got, run(lora.lora_linear, inputs, dy)))
