@@ -4,12 +4,14 @@ There is no code per architecture. Any decoder whose layers hold the seven proje
 nn.Linear works: each is wrapped in `Adapted`, which adds the low-rank part, and the LM head is wrapped in
 `PickedHead`, which reads it only at the positions somebody asked for.
 """
-import os, pathlib, re, sys
+import contextlib, functools, os, pathlib, re, sys
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer, masking_utils
 from transformers.utils.logging import disable_progress_bar
 
 from cli import ROOT, TOY_SEEN, TOY_UNSEEN, BadInput, first_sentence
@@ -87,7 +89,7 @@ class Base:
         self.name, self.origin, self.revision = name, origin, revision
         self.live = SimpleNamespace(A={}, B={}, task=None, scale=1.0, at=None)
         self.config = model.config.get_text_config()
-        projections = find_projections(model)                                        # [{m: (parent, attribute)}] a layer
+        self.blocks, projections = find_projections(model)                           # L layers, {m: (parent, attribute)} each
         self.layers, self.dims, self.linears = len(projections), {}, []
         for layer, row in enumerate(projections):
             self.linears.append({m: getattr(*place) for m, place in row.items()})
@@ -108,22 +110,39 @@ class Base:
         """The frozen weight W [d_out, d_in] of module kind m."""
         return self.linears[layer][m].weight
 
+    @contextlib.contextmanager
+    def wearing(self, state):
+        """The patched modules see `state` (A, B, task, scale, at) while this lasts."""
+        before = dict(vars(self.live))
+        vars(self.live).update(state)
+        try:
+            yield
+        finally:
+            vars(self.live).update(before)
+
     def logits(self, batch, adapters=None):
         """Logits [N, vocabulary] at the N positions of `batch` (data.collate) that predict a continuation's token.
 
         adapters: Adapters for the tasks that `batch.task` [R] counts, or None for the bare base. Rows are padded on
         the right, so a causal mask alone keeps the padding out and a training batch needs no mask at all.
         """
-        live = self.live
+        state = {"at": batch.at}
         if adapters is not None:
-            live.A = {m: a.unbind(1) for m, a in adapters.A.items()}                 # L tensors [T, r, d_in]
-            live.B = {m: b.unbind(1) for m, b in adapters.B.items()}                 # L tensors [T, d_out, r]
-            live.scale, live.task = adapters.scale, batch.task
-        live.at = batch.at
-        try:
+            state.update(A={m: a.unbind(1) for m, a in adapters.A.items()},          # L tensors [T, r, d_in]
+                         B={m: b.unbind(1) for m, b in adapters.B.items()},          # L tensors [T, d_out, r]
+                         scale=adapters.scale, task=batch.task)
+        # transformers looks whether one row packs several texts, and waits for the device to tell. No row of ours does.
+        unpacked = mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+        with self.wearing(state), unpacked:
             return self.model(input_ids=batch.ids, use_cache=False, **self.tree(batch)).logits
-        finally:
-            live.A, live.B, live.task, live.at = {}, {}, None, None
+
+    def recompute_layers(self):
+        """Keep nothing of a layer but its input, and run it again in the backward pass: less memory, a third more time."""
+        def context():                                                               # by then other adapters may be worn
+            return contextlib.nullcontext(), self.wearing(dict(vars(self.live)))
+        for layer in self.blocks:
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, context_fn=context,
+                                              preserve_rng_state=False)              # nothing is random: no dropout
 
     def tree(self, batch):
         """Mask and positions for rows that hold a prompt (segment 0) and then several continuations (1, 2, ...): each
@@ -148,7 +167,7 @@ class Base:
 
 
 def find_projections(model):
-    """For every layer of the decoder: {module kind: (parent module, attribute name)}; BadInput if it has not each once."""
+    """The decoder's layers and, for each, {module kind: (parent module, attribute name)}; BadInput if it has not each once."""
     best = []
     for layers in model.get_decoder().modules():                                     # the text model, not a vision tower
         if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
@@ -156,7 +175,7 @@ def find_projections(model):
         rows = [[(m, (parent, f"{m}_proj")) for parent in layer.modules() for m in MODULES
                  if isinstance(getattr(parent, f"{m}_proj", None), nn.Linear)] for layer in layers]
         if all(sorted(m for m, _ in row) == sorted(MODULES) for row in rows):        # once each: no mixture of experts
-            return [dict(row) for row in rows]
+            return layers, [dict(row) for row in rows]
         best = max(best, [m for m in MODULES if any(m == found for row in rows for found, _ in row)], key=len)
     wanted = ", ".join(f"{m}_proj" for m in MODULES)
     linears = sorted({name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
@@ -169,8 +188,8 @@ if not sys.stderr.isatty():
     disable_progress_bar()
 
 
-def load_base(spec, device="cpu", dtype=torch.float32):
-    """Load and patch the base that `spec` names (see `resolve`). Remote code is never run; weights come from
+def load_base(spec, device="cpu", dtype=torch.float32, recompute=False):
+    """Load and patch the base that `spec` names (see `resolve`; `recompute`: Base.recompute_layers). Remote code is never run; weights come from
     safetensors or GGUF only."""
     name, where, revision, gguf = resolve(spec)
     options = {"revision": revision, "trust_remote_code": False, **({"gguf_file": gguf} if gguf else {})}
@@ -185,7 +204,10 @@ def load_base(spec, device="cpu", dtype=torch.float32):
     revision = getattr(model.config, "_commit_hash", None) or revision
     if spec in TOY or pathlib.Path(where).is_dir():                                  # an alias, or a path that outlives a cd
         where = spec if spec in TOY else str(pathlib.Path(where, gguf or "").resolve())
-    return Base(model.to(device), tokenizer, name, where, revision)
+    base = Base(model.to(device), tokenizer, name, where, revision)
+    if recompute:
+        base.recompute_layers()
+    return base
 
 
 def short_names(specs):
@@ -196,9 +218,9 @@ def short_names(specs):
     return names
 
 
-def reload_base(provenance, device="cpu", dtype=torch.float32):
+def reload_base(provenance, device="cpu", dtype=torch.float32, recompute=False):
     """The base that a converter's provenance names (its id and exact revision), under the name its files have."""
     pinned = f"@{provenance['revision']}" if provenance["revision"] else ""
-    base = load_base(provenance["id"] + pinned, device, dtype)
+    base = load_base(provenance["id"] + pinned, device, dtype, recompute)
     base.name = provenance["base"]
     return base

@@ -109,6 +109,7 @@ FLAGS = {  # one meaning everywhere; a default of None means "the preset below" 
     "device": dict(type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="torch device"),
     "dtype": dict(choices=["float32", "bfloat16", "float16"], help="of the frozen base (CPU: float32, GPU: bfloat16)"),
     "max-tokens": dict(type=positive(int), help="token budget of a micro-batch, padding included"),
+    "recompute": dict(action="store_true", help="keep no layer's inner activations: less memory, more time"),
     "eval-rows": dict(type=positive(int), help="evaluation rows a task, a seeded random sample (default: all)"),
     "overwrite": dict(action="store_true", help="replace what the run folder already holds"),
 }

@@ -163,24 +163,42 @@ def collate(items, device="cpu"):
             row_of += [r] * len(tokens)
             count += 1
     def tensor(values):
-        return torch.tensor(values, device=device)
+        return to_device(torch.tensor(values), device)
     single = all(len(item.continuations) == 1 for item in items)
-    return Batch(items, tensor([item.task for item in items]), ids.to(device), positions.to(device),
-                 None if single else segments.to(device), (tensor(rows), tensor(columns)),
+    return Batch(items, tensor([item.task for item in items]), to_device(ids, device), to_device(positions, device),
+                 None if single else to_device(segments, device), (tensor(rows), tensor(columns)),
                  tensor(source), tensor(target), tensor(owner), tensor(row_of))
+
+
+def to_device(tensor, device):
+    """A copy that the host does not wait for: a round must never make it wait for the GPU."""
+    on_gpu = torch.device(device).type == "cuda"
+    return (tensor.pin_memory() if on_gpu else tensor).to(device, non_blocking=on_gpu)
+
+
+PASS = 64  # what one more forward and backward pass costs, in tokens
 
 
 def micro_batches(items, max_tokens):
     """Cut items, sorted by length whatever their task, into lists of at most max_tokens tokens, padding included
-    (an item longer than that stands alone)."""
-    batch = []
-    for item in sorted(items, key=Item.length, reverse=True):
-        if batch and (len(batch) + 1) * batch[0].length() > max_tokens:
-            yield batch
-            batch = []
-        batch.append(item)
-    if batch:
-        yield batch
+    (an item longer than that stands alone).
+
+    Where to cut: few passes pad much, no padding takes a pass for every length. The cheapest cut of the first j items
+    ends in some last list i..j, so best(j) = min over i of best(i) + (j - i) * length(i) + PASS.
+    """
+    items = sorted(items, key=Item.length, reverse=True)
+    lengths = [item.length() for item in items]
+    best, start = [0] + [float("inf")] * len(items), [0] * (len(items) + 1)          # cost of the first j; their last list
+    for i, length in enumerate(lengths):
+        for j in range(i + 1, min(len(items), i + max(1, max_tokens // length)) + 1):
+            cost = best[i] + (j - i) * length + PASS
+            if cost < best[j]:
+                best[j], start[j] = cost, i
+    parts, j = [], len(items)
+    while j:
+        parts.append(items[start[j]:j])
+        j = start[j]
+    return parts[::-1]                                                               # the longest first: memory fails early
 
 
 class Cycle:

@@ -28,8 +28,7 @@ def score(base, adapters, items, max_tokens):
     A prompt is encoded once, its continuations behind it; rows of all tasks and lengths share micro-batches.
     """
     found = {}
-    parts = list(micro_batches(items, max_tokens))
-    for part in tqdm(parts, desc=f"scoring on {base.name}", unit="batch", delay=2, leave=False, disable=None):
+    for part in tqdm(micro_batches(items, max_tokens), desc=f"scoring on {base.name}", unit="batch", delay=2, leave=False, disable=None):
         batch = collate(part, base.device)
         logits = full_precision(base.logits(batch, adapters))                        # [N, vocabulary]
         log_p = logits[batch.source, batch.target] - logits.logsumexp(-1)[batch.source]  # [M]
@@ -188,7 +187,7 @@ def main(argv=None):
     from baselines import cross_lora, lora    # these train with train.fit, which scores its epochs with this file
     from bases import reload_base
     from train import preset
-    args = parse(__doc__, "run bases data tasks epochs batch-size lr max-tokens eval-rows device dtype overwrite", argv,
+    args = parse(__doc__, "run bases data tasks epochs batch-size lr max-tokens recompute eval-rows device dtype overwrite", argv,
                  epochs=dict(help="of the LoRA baseline"), batch_size=dict(help="of the LoRA baseline"),
                  lr=dict(help="of the LoRA baseline"),
                  overwrite=dict(help="fit the baselines again even if the run holds them"))
@@ -211,7 +210,7 @@ def main(argv=None):
     def base_of(tag):
         p = provenance[tag]
         if p["base"] not in loaded:
-            loaded[p["base"]] = reload_base(p, args.device, args.dtype)
+            loaded[p["base"]] = reload_base(p, args.device, args.dtype, args.recompute)
         return loaded[p["base"]]
 
     def ensure_lora(tag):

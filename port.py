@@ -40,7 +40,7 @@ def port(run, portal, base, tag, rows, n, seed, data, settings):
 
 
 def main(argv=None):
-    args = parse(__doc__, "to n run data epochs batch-size lr max-tokens seed device dtype overwrite", argv,
+    args = parse(__doc__, "to n run data epochs batch-size lr max-tokens recompute seed device dtype overwrite", argv,
                  n=dict(type=commas(positive(int)), metavar="N[,N]", help="training rows a task; several: one refit each"))
     run = find_run(args.run)
     saved, cfg = load_config(run)
@@ -62,7 +62,7 @@ def main(argv=None):
     folder = args.data or pathlib.Path(saved["data"])
     data = load_tasks(folder, cfg.tasks)
     for spec, fits in jobs:
-        base = load_base(spec, args.device, args.dtype)
+        base = load_base(spec, args.device, args.dtype, args.recompute)
         default = preset([base.name])["port"]
         settings = {k: getattr(args, k) or v for k, v in default.items() if k != "n"}
         for tag, n in fits:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from bases import load_base, short_names
 from cli import (OUT, ROOT, TOY_SEEN, TOY_UNSEEN, BadInput, append_jsonl, new_folder, parse, read_json, run_main, today,
                  write_json)
-from data import Cycle, collate, encode, load_tasks, micro_batches, sample
+from data import Cycle, collate, encode, load_tasks, micro_batches, sample, to_device
 from eval import evaluate, full_precision, macro
 from portal import Config, Converter, Portal, save_portal
 
@@ -48,7 +48,7 @@ def task_gradients(base, adapters, items, max_tokens):
     for item in items:
         tokens[item.task] += len(item.continuations[0])
     assert all(len(item.continuations) == 1 for item in items), "training takes the gold continuation alone"
-    tokens = tokens.to(base.device)
+    tokens = to_device(tokens, base.device)
     losses = torch.zeros_like(tokens)
     for part in micro_batches(items, max_tokens):
         batch = collate(part, base.device)
@@ -152,12 +152,12 @@ def fit(what, bases, generate, learners, rows, *, epochs, batch_size, max_tokens
             done += 1
             active = [learner for learner in learners if k < learner.rounds]
             now = [task for learner in active for task in learner.tasks]
-            z_gradients, round_loss = [], 0.0
+            z_gradients, all_losses = [], []
             for base in bases:
                 items = [item for task in now for item in cycles[base.name, task].next()]
                 adapters = generate(base.name)
                 losses, gradients = task_gradients(base, adapters, items, max_tokens)
-                check(losses, "", base)
+                all_losses.append(losses)
                 if ema:
                     weights = running[base.name].weights(losses).view(-1, 1, 1, 1)   # [T, 1, 1, 1]
                     gradients = [weights * g for g in gradients]
@@ -165,7 +165,6 @@ def fit(what, bases, generate, learners, rows, *, epochs, batch_size, max_tokens
                 if z is not None:                                                    # each base's pull on z, apart
                     z_gradients.append(z.grad)
                     z.grad = None
-                round_loss += float(losses.sum()) / len(now) / len(bases)
                 n_tokens += sum(item.length() for item in items)
             if z is not None:
                 z.grad = balance(z_gradients)
@@ -173,6 +172,10 @@ def fit(what, bases, generate, learners, rows, *, epochs, batch_size, max_tokens
                 learner.step()
             for learner in learners:
                 learner.optimizer.zero_grad()
+            all_losses = torch.stack(all_losses).cpu()                               # [bases, T]; the one wait for the device
+            for base, losses in zip(bases, all_losses):
+                check(losses, "", base)
+            round_loss = float(all_losses.sum()) / len(now) / len(bases)
             total_loss += round_loss
             bar.update()
             bar.set_postfix(loss=f"{round_loss:.3f}", tok_s=int(n_tokens / (time.time() - start)))
@@ -197,9 +200,11 @@ def fit(what, bases, generate, learners, rows, *, epochs, batch_size, max_tokens
 
 
 def peak_memory(device):
-    """Peak bytes: of this GPU since the process started, or of this process."""
+    """Peak bytes: on a GPU since the last call, on a CPU of this process since it started."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -214,7 +219,7 @@ def portal_learner(portal, rows, epochs, batch_size, lr):
 
 
 def main(argv=None):
-    args = parse(__doc__, "bases data tasks n modules rank norm epochs batch-size lr max-tokens seed device dtype run "
+    args = parse(__doc__, "bases data tasks n modules rank norm epochs batch-size lr max-tokens recompute seed device dtype run "
                           "overwrite", argv)
     specs = args.bases or TOY_SEEN
     names = short_names(specs)
@@ -233,7 +238,7 @@ def main(argv=None):
         same = read_json(run / "portal.json").get("config") == vars(cfg)
         raise BadInput(f"{run} already holds a trained run{'' if same else ' of another configuration'}; "
                        "--overwrite replaces it, --run DIR trains beside it")
-    bases = [load_base(spec, args.device, args.dtype) for spec in specs]
+    bases = [load_base(spec, args.device, args.dtype, args.recompute) for spec in specs]
 
     torch.manual_seed(seed)
     portal = Portal(cfg)

@@ -5,9 +5,11 @@ import pytest
 import torch
 from conftest import exact_norms, lora_hooks, tiny_base, tiny_model
 from test_portal import make_portal
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cli import BadInput
-from data import Item, Row
+from data import Cycle, Item, Row, encode, micro_batches
+from portal import Converter
 from train import EMA, Learner, balance, fit, portal_learner, task_gradients
 
 
@@ -59,6 +61,101 @@ def test_mixed_round_equals_one_task_at_a_time(architecture, max_tokens):
     for g, p in zip(got, parameters, strict=True):
         torch.testing.assert_close(g, p.grad, rtol=1e-8, atol=1e-10)
         assert p.grad.abs().max() > 0
+
+
+def test_the_loss_curve_is_that_of_the_plain_loop(tmp_path):
+    """Nine rounds of fit on two bases in float64 against a loop that knows none of its devices: one task after another
+    through an unpatched model with hooks, adapters generated for each, whole graphs, EMA and balance written out."""
+    rows, names, seed = small_rows(), ("a", "b"), 7
+    def fresh():
+        bases = [tiny_base(architecture, dtype=torch.float64, name=name) for architecture, name in zip(("qwen3", "llama"), names)]
+        torch.manual_seed(1)
+        portal = make_portal(bases[0])                                               # not at zero: z has a gradient from the start
+        portal.converters = {base.name: Converter(portal.cfg, base.layers, base.dims).double() for base in bases}
+        portal.core.double()
+        portal.z.data = portal.z.data.double()
+        for base in bases:
+            exact_norms(base.model)
+        return portal, bases
+
+    portal, bases = fresh()
+    learner = portal_learner(portal, rows, 3, 2, 1e-2)
+    fit("test", bases, portal.adapters, [learner], rows, epochs=3, batch_size=2, max_tokens=20, seed=seed,
+        log=tmp_path / "log.jsonl", z=portal.z)
+    got = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    ends = [portal.z, *portal.core.parameters(), *portal.converters["b"].parameters()]
+
+    portal, bases = fresh()
+    models = [exact_norms(tiny_model(architecture, dtype=torch.float64)) for architecture in ("qwen3", "llama")]
+    shared = [p for m in (portal.core, *portal.converters.values()) for p in m.parameters()]
+    optimizer = torch.optim.AdamW([{"params": shared, "lr": 1e-2}, {"params": [portal.z], "lr": 2e-2}], weight_decay=0.0)
+    cycles = {(b, t): Cycle(encode(base.tokenizer, rows[t][0], list(rows), "gold")[0], 2, f"{seed}/{b}/{t}")
+              for b, base in zip(names, bases) for t in rows}
+    running, want = {}, []
+    for k in range(9):
+        for group, lr in zip(optimizer.param_groups, (1e-2, 2e-2)):
+            group["lr"] = lr * min(1.0, (9 - k) / 8)                                 # one round of warm-up, at full rate
+        pulls, total = [], 0.0
+        for b, model in zip(names, models):
+            portal.z.grad = None
+            for t, task in enumerate(rows):
+                adapters = portal.adapters(b)
+                handles = lora_hooks(model, {m: a[t] for m, a in adapters.A.items()}, {m: a[t] for m, a in adapters.B.items()}, adapters.scale)
+                nll, tokens = 0.0, 0
+                for item in cycles[b, task].next():
+                    answer = item.continuations[0]
+                    log_p = model(input_ids=torch.tensor([item.prompt + answer])).logits[0].log_softmax(-1)
+                    nll = nll - sum(log_p[len(item.prompt) + i - 1, token] for i, token in enumerate(answer))
+                    tokens += len(answer)
+                for h in handles:
+                    h.remove()
+                loss = nll / tokens
+                running[b, t] = 0.9 * running[b, t] + 0.1 * loss.item() if (b, t) in running else loss.item()
+                (loss / max(running[b, t], 1e-3)).backward()
+                total += loss.item() / 6
+            pulls.append(portal.z.grad)
+        mean = (pulls[0].norm() + pulls[1].norm()) / 2
+        portal.z.grad = pulls[0] * mean / pulls[0].norm() + pulls[1] * mean / pulls[1].norm()
+        torch.nn.utils.clip_grad_norm_([*shared, portal.z], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        want.append(total)
+    assert got == pytest.approx([sum(want[i:i + 3]) / 3 for i in (0, 3, 6)], rel=1e-6) and got[2] < got[0]
+    for p, q in zip(ends, [portal.z, *portal.core.parameters(), *portal.converters["b"].parameters()], strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma3"])
+def test_a_round_never_waits_for_the_device(architecture):
+    """Reading a number on the host makes a GPU run dry: a round may not do it, and may not ask for data-dependent shapes."""
+    class Waits(TorchDispatchMode):
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            assert not any(word in str(f) for word in ("_local_scalar_dense", "nonzero", "masked_select", "equal.default")), f
+            return f(*args, **(kwargs or {}))
+
+    base = tiny_base(architecture)
+    portal = make_portal(base)
+    learner = portal_learner(portal, small_rows(), 1, 1, 1e-3)
+    with Waits():
+        adapters = portal.adapters("tiny")
+        losses, gradients = task_gradients(base, adapters, some_items(), 40)
+        weights = EMA().weights(losses).view(-1, 1, 1, 1)
+        torch.autograd.backward(adapters.tensors(), [weights * g for g in gradients])
+        portal.z.grad = balance([portal.z.grad])
+        learner.step()
+
+
+def test_recomputed_layers_give_the_same_gradients():
+    """Each micro-batch's layers run again in its backward pass, with the adapters and tasks they had."""
+    found = []
+    for recompute in (False, True):
+        base, calls = tiny_base("gemma3"), []
+        base.blocks[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+        if recompute:
+            base.recompute_layers()
+        found.append(task_gradients(base, make_portal(base).adapters("tiny"), some_items(), 40))
+        assert not base.live.A and len(calls) == (1 + recompute) * len(micro_batches(some_items(), 40)) > 2
+    assert torch.equal(found[0][0], found[1][0]) and all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1]))
 
 
 def test_an_absent_task_gets_no_gradient():
