@@ -4,12 +4,12 @@ There is no code per architecture. Any decoder whose layers hold the seven proje
 nn.Linear works: each is wrapped in `Adapted`, which adds the low-rank part, and the LM head is wrapped in
 `PickedHead`, which reads it only at the positions somebody asked for.
 """
-import os, pathlib, re, sys
+import contextlib, os, pathlib, re, sys
 from types import SimpleNamespace
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
 from cli import ROOT, TOY_SEEN, TOY_UNSEEN, BadInput, first_sentence
@@ -100,6 +100,7 @@ class Base:
                                    "only bases whose layers all have the same shapes are supported")
                 setattr(parent, attribute, Adapted(linear, m, layer, self.live))
         model.set_output_embeddings(PickedHead(model.get_output_embeddings(), self.live))
+        model.generation_config = GenerationConfig()                                 # greedy: no repetition penalty a folder asks for
 
     @property
     def device(self):
@@ -115,16 +116,38 @@ class Base:
         adapters: Adapters for the tasks that `batch.task` [R] counts, or None for the bare base. Rows are padded on
         the right, so a causal mask alone keeps the padding out and a training batch needs no mask at all.
         """
+        with self.adapted(adapters, batch.task, batch.at):
+            return self.model(input_ids=batch.ids, use_cache=False, **self.tree(batch)).logits
+
+    @contextlib.contextmanager
+    def adapted(self, adapters, task, at=None):
+        """Inside, row r of a forward pass has the adapters of task[r], and logits are read at the positions `at`."""
         live = self.live
         if adapters is not None:
             live.A = {m: a.to(self.model.dtype).unbind(1) for m, a in adapters.A.items()}  # L tensors [T, r, d_in]
             live.B = {m: b.to(self.model.dtype).unbind(1) for m, b in adapters.B.items()}
-            live.scale, live.task = adapters.scale, batch.task
-        live.at = batch.at
+            live.scale, live.task = adapters.scale, task
+        live.at = at
         try:
-            return self.model(input_ids=batch.ids, use_cache=False, **self.tree(batch)).logits
+            yield
         finally:
             live.A, live.B, live.task, live.at = {}, {}, None, None
+
+    @torch.no_grad()
+    def generate(self, prompts, adapters=None, tasks=None, max_new_tokens=32):
+        """The greedy continuations of R prompts, row r with the adapters of tasks[r] (indices): one forward pass a new
+        token for all of them. Prompts are texts or lists of token ids. A row ends at EOS or after max_new_tokens."""
+        prompts = [self.tokenizer(p).input_ids if isinstance(p, str) else p for p in prompts]
+        eos, S = self.tokenizer.eos_token_id, max(map(len, prompts))
+        # Padding stands on the left, so that every row's next token comes at the same place; the mask hides it.
+        ids = torch.tensor([[0] * (S - len(p)) + p for p in prompts], device=self.device)  # [R, S]
+        mask = torch.tensor([[0] * (S - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        task = None if tasks is None else torch.tensor(tasks, device=self.device)    # [R]
+        with self.adapted(adapters, task):
+            new = self.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens,
+                                      eos_token_id=eos, pad_token_id=0 if eos is None else eos)[:, S:].tolist()
+        new = [row[:row.index(eos)] if eos in row else row for row in new]
+        return self.tokenizer.batch_decode(new, clean_up_tokenization_spaces=False)
 
     def tree(self, batch):
         """Mask and positions for rows that hold a prompt (segment 0) and then several continuations (1, 2, ...): each
@@ -170,19 +193,24 @@ if not sys.stderr.isatty():
     disable_progress_bar()
 
 
-def load_base(spec, device="cpu", dtype=torch.float32):
-    """Load and patch the base that `spec` names (see `resolve`). Remote code is never run; weights come from
-    safetensors or GGUF only."""
-    name, where, revision, gguf = resolve(spec)
-    options = {"revision": revision, "trust_remote_code": False, **({"gguf_file": gguf} if gguf else {})}
+def pretrained(cls, spec, **options):
+    """cls.from_pretrained of what `spec` names (see `resolve`). Remote code is never run."""
+    _, where, revision, gguf = resolve(spec)
     try:
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32 if gguf else dtype,
-                                                     **({} if gguf else {"use_safetensors": True}), **options)
-        for p in model.parameters():                                                 # GGUF loads as float32. Parameters only:
-            p.data = p.data.to(dtype)                                                # rotary buffers must stay float32
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        return cls.from_pretrained(where, revision=revision, trust_remote_code=False,
+                                   **({"gguf_file": gguf} if gguf else {}), **options)
     except Exception as error:                                                       # whatever the loader meets in a folder
         raise BadInput(f"base {spec!r} could not be loaded from {where}: {first_sentence(error)}")
+
+
+def load_base(spec, device="cpu", dtype=torch.float32):
+    """Load and patch the base that `spec` names. Weights come from safetensors or GGUF only."""
+    name, where, revision, gguf = resolve(spec)
+    options = dict(dtype=torch.float32) if gguf else dict(dtype=dtype, use_safetensors=True)
+    model = pretrained(AutoModelForCausalLM, spec, **options)
+    for p in model.parameters():                                                     # GGUF loads as float32. Parameters only:
+        p.data = p.data.to(dtype)                                                    # rotary buffers must stay float32
+    tokenizer = pretrained(AutoTokenizer, spec)
     revision = getattr(model.config, "_commit_hash", None) or revision
     if spec in TOY or pathlib.Path(where).is_dir():                                  # an alias, or a path that outlives a cd
         where = spec if spec in TOY else str(pathlib.Path(where, gguf or "").resolve())
