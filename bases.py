@@ -100,7 +100,7 @@ class Base:
                                    "only bases whose layers all have the same shapes are supported")
                 setattr(parent, attribute, Adapted(linear, m, layer, self.live))
         model.set_output_embeddings(PickedHead(model.get_output_embeddings(), self.live))
-        model.generation_config = GenerationConfig()                                 # greedy: no repetition penalty a folder asks for
+        model.generation_config = GenerationConfig()                                 # no repetition penalty and the like
 
     @property
     def device(self):
@@ -208,8 +208,8 @@ def load_base(spec, device="cpu", dtype=torch.float32):
     name, where, revision, gguf = resolve(spec)
     options = dict(dtype=torch.float32) if gguf else dict(dtype=dtype, use_safetensors=True)
     model = pretrained(AutoModelForCausalLM, spec, **options)
-    for p in model.parameters():                                                     # GGUF loads as float32. Parameters only:
-        p.data = p.data.to(dtype)                                                    # rotary buffers must stay float32
+    for p in model.parameters():                                                     # GGUF loads as float32. Only the
+        p.data = p.data.to(dtype)                                                    # rotary buffers must remain float32
     tokenizer = pretrained(AutoTokenizer, spec)
     revision = getattr(model.config, "_commit_hash", None) or revision
     if spec in TOY or pathlib.Path(where).is_dir():                                  # an alias, or a path that outlives a cd

@@ -415,6 +415,8 @@ def check(folder, tasks=None, specs=()):
     training would refuse. Duplicates, an overlap and an odd balance are allowed, and worth knowing before."""
     from transformers import AutoTokenizer
     from bases import pretrained
+    def note(what, prompts):
+        print(f"  {len(prompts)} {what}" + (f", such as {json.dumps(prompts[0][-60:], ensure_ascii=False)}" if prompts else ""))
     problems = []
     data = load_tasks(folder, tasks, problems.append)
     tokenizers = {spec: pretrained(AutoTokenizer, spec) for spec in specs}
@@ -427,15 +429,12 @@ def check(folder, tasks=None, specs=()):
                 if len({tuple(sorted(row.choices)) for row in rows}) == 1:           # one set of labels, in whatever order
                     texts = shares([json.dumps(row.choices[row.gold], ensure_ascii=False) for row in rows])
                     print(f"  {split} gold text: {texts}")
-        train, evaluation = ([(row.prompt, tuple(row.choices), row.gold) for row in rows] for rows in splits.values())
+            counts = Counter((row.prompt, tuple(row.choices), row.gold) for row in rows)
+            note(f"duplicate rows in {split}", [row[0] for row, n in counts.items() for _ in range(n - 1)])
         seen = {row.prompt for row in splits["train"]}
-        for what, found in (("duplicate rows in train", list((Counter(train) - Counter(set(train))).elements())),
-                            ("duplicate rows in eval", list((Counter(evaluation) - Counter(set(evaluation))).elements())),
-                            ("eval rows whose prompt is in train, too", [row for row in evaluation if row[0] in seen])):
-            example = f", such as {json.dumps(found[0][0][-60:], ensure_ascii=False)}" if found else ""
-            print(f"  {len(found)} {what}{example}")
+        note("eval rows whose prompt is in train, too", [row.prompt for row in splits["eval"] if row.prompt in seen])
         for spec, tokenizer in tokenizers.items():
-            try:                                                                     # as training and evaluation encode them
+            try:                                                                     # as training and evaluation do
                 parts = [(rows, choices) for rows, choices in zip(splits.values(), ("gold", "all"))]
                 items = [item for rows, choices in parts for item in encode(tokenizer, rows, [task], choices, 10 ** 9)[0]]
                 cut = sum(encode(tokenizer, rows, [task], choices)[1] for rows, choices in parts)
@@ -457,9 +456,9 @@ def main(argv=None):
     parser = Parser(description="Build the 14 benchmarks from the Hugging Face hub, or check a folder of tasks.",
                     allow_abbrev=False)
     parser.add_argument("--out", type=pathlib.Path, default="data", metavar="DIR", help="build them there (default: data/)")
-    parser.add_argument("--check", type=pathlib.Path, metavar="DIR", help="check this folder instead; exit code 2: problems")
+    parser.add_argument("--check", type=pathlib.Path, metavar="DIR", help="check this folder (exit code 2: problems)")
     parser.add_argument("--bases", type=commas(), default=(), metavar="A,B", help="--check: whose tokens are counted")
-    parser.add_argument("--tasks", type=commas(), metavar="A,B", help="some of them (default: all)")
+    parser.add_argument("--tasks", "--task", type=commas(), metavar="A,B", help="some of them (default: all)")
     args = parser.parse_args(argv)
     if args.check:
         return check(args.check, args.tasks, args.bases)
