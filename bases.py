@@ -142,7 +142,7 @@ class Base:
         # Padding stands on the left, so that every row's next token comes at the same place; the mask hides it.
         ids = torch.tensor([[0] * (S - len(p)) + p for p in prompts], device=self.device)  # [R, S]
         mask = torch.tensor([[0] * (S - len(p)) + [1] * len(p) for p in prompts], device=self.device)
-        task = None if tasks is None else torch.tensor(tasks, device=self.device)    # [R]
+        task = None if tasks is None else torch.as_tensor(tasks, device=self.device)    # [R]
         with self.adapted(adapters, task):
             new = self.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens,
                                       eos_token_id=eos, pad_token_id=0 if eos is None else eos)[:, S:].tolist()
