@@ -416,7 +416,8 @@ def check(folder, tasks=None, specs=()):
     from transformers import AutoTokenizer
     from bases import pretrained
     def note(what, prompts):
-        print(f"  {len(prompts)} {what}" + (f", such as {json.dumps(prompts[0][-60:], ensure_ascii=False)}" if prompts else ""))
+        example = f", such as {json.dumps(prompts[0][-60:], ensure_ascii=False)}" if prompts else ""
+        print(f"  {len(prompts)} {what}{example}")
     problems = []
     data = load_tasks(folder, tasks, problems.append)
     tokenizers = {spec: pretrained(AutoTokenizer, spec) for spec in specs}

@@ -29,7 +29,7 @@ def test_a_bad_line_is_named_with_file_and_number(tmp_path, line, why):
 
 
 @pytest.mark.parametrize("line, why", [
-    (GOOD, "choices in a file that starts with a completion"), ({**OPEN, "completion": " "}, "completion is empty or blank"),
+    (GOOD, "choices in a file that starts with a completion"), ({**OPEN, "completion": " "}, "completion is empty"),
     ({**OPEN, "completion": None}, "completion is empty"), ({**OPEN, "choices": [" a", " b"]}, "not both"),
     ({**OPEN, "prompt": "w1 "}, "prompt ends in white space"), ({"completion": " w1"}, "are needed"),
 ])
@@ -101,7 +101,8 @@ def test_check_prints_what_a_folder_holds(tmp_path, capsys):
     t, u = out.split("u: completions, train 2, eval 1\n")
     for line in ("t: choices, train 4, eval 3", "train gold_idx: 1 100%", 'train gold text: " w3" 25%, " w4" 75%',
                  'eval gold text: " w4" 100%', "0 duplicate rows in train", '1 duplicate rows in eval, such as "w1"',
-                 '2 eval rows whose prompt is in train, too, such as "w1"', "median 2, max 1502; 1 of 7 prompts would be cut to 1024"):
+                 '2 eval rows whose prompt is in train, too, such as "w1"',
+                 "median 2, max 1502; 1 of 7 prompts would be cut to 1024"):
         assert line in t, line
     assert "gold" not in u and "median 6, max 6; 0 of 3 prompts would be cut" in u   # two words, three more, EOS
     assert "u: " not in check(capsys, tmp_path / "data", "--task", "t")[1]
@@ -114,7 +115,8 @@ def test_check_names_every_problem(tmp_path, capsys):
     code, out = check(capsys, tmp_path)
     assert code == 2
     for problem in ("one/train.jsonl:1: task is 't'", "one/train.jsonl:2: not JSON", "one/train.jsonl:3: gold_idx is 5",
-                    "one/train.jsonl: task 'one' has no training rows", "one/eval.jsonl:1: choice 1 is", "two/eval.jsonl: not readable"):
+                    "one/train.jsonl: task 'one' has no training rows", "one/eval.jsonl:1: choice 1 is",
+                    "two/eval.jsonl: not readable"):
         assert problem in out
     write(tmp_path / "two" / "eval.jsonl", [{**GOOD, "task": "two"}])
     assert check(capsys, tmp_path, "--tasks", "two")[0] == 0

@@ -72,7 +72,8 @@ def test_a_decoded_text_has_as_many_lines_as_its_gold_completion_and_a_limit():
 
 @pytest.mark.parametrize("architecture", ["qwen3", "mistral"])
 def test_exact_match_and_log_loss_of_completions_equal_a_naive_loop(architecture):
-    base, model, prompts = tiny_base(architecture), tiny_model(architecture), ["w1 w2 w3", "w9 w8", "w4", "w30 w31 w32 w33 w34 w35"]
+    base, model = tiny_base(architecture), tiny_model(architecture)
+    prompts = ["w1 w2 w3", "w9 w8", "w4", "w30 w31 w32 w33 w34 w35"]
     base.tokenizer.add_tokens([f"x{i}" for i in range(8)])                           # a word for each of the 64 logits
     adapters, said = random_adapters(base), {}
     def as_task(t):
@@ -84,7 +85,8 @@ def test_exact_match_and_log_loss_of_completions_equal_a_naive_loop(architecture
         with as_task(t):
             said.update({(t, prompt): plain_greedy(model, base.tokenizer(prompt).input_ids, 16) for prompt in prompts})
     eos = next(token for new in said.values() for token in new[1:7]                  # half of the rows or so end there
-               if sum(token in other[:7] for other in said.values()) in (2, 3, 4, 5) and all(o[0] != token for o in said.values()))
+               if 2 <= sum(token in other[:7] for other in said.values()) <= 5
+               and all(other[0] != token for other in said.values()))
     base.tokenizer.eos_token = base.tokenizer.convert_ids_to_tokens(eos)
     rows, correct, nll, tokens = [], {0: [], 1: []}, {0: 0.0, 1: 0.0}, {0: 0, 1: 0}
     for (t, prompt), new in said.items():
@@ -104,7 +106,8 @@ def test_exact_match_and_log_loss_of_completions_equal_a_naive_loop(architecture
         assert "metric" not in cells[2] and cells[2]["rows"] == 1
         for t in (0, 1):
             assert cells[t]["correct"] == correct[t] and cells[t]["metric"] == "exact_match"
-            assert cells[t]["acc_norm"] == sum(correct[t]) / 4 and cells[t]["log_loss"] == pytest.approx(nll[t] / tokens[t], rel=1e-4)
+            assert cells[t]["acc_norm"] == sum(correct[t]) / 4
+            assert cells[t]["log_loss"] == pytest.approx(nll[t] / tokens[t], rel=1e-4)
 
 
 def test_training_on_completions_teaches_them_and_where_they_end(tmp_path):
@@ -113,7 +116,7 @@ def test_training_on_completions_teaches_them_and_where_they_end(tmp_path):
     portal = make_portal(base, modules=MODULES, tasks=("one", "two"), random=False)
     golds = {"one": [" w5", " w6 w7"], "two": [" w11 w12 w13", " w8 w9"]}
     rows = {task: [Row(task, f"w{i} w{i + 20}", [gold]) for i, gold in enumerate(texts)] for task, texts in golds.items()}
-    both = {task: (r, r) for task, r in rows.items()}                                # held out or not: to learn them by heart
+    both = {task: (r, r) for task, r in rows.items()}                                # to be learned by heart
     learner = portal_learner(portal, both, 60, 2, 2e-2)
     fit("test", [base], portal.adapters, [learner], both, epochs=60, batch_size=2, max_tokens=100, seed=0,
         log=tmp_path / "log.jsonl", z=portal.z)
@@ -134,7 +137,8 @@ def opened(world, monkeypatch):
         rows = [{"task": "say", "prompt": f"w{i} w{n}", "completion": f" w{i + 7} w{i}"} for i in range(n)]
         (world / "data" / "say").mkdir(exist_ok=True)
         (world / "data" / "say" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert command(train, *"--bases ./base-a --data data --tasks one,say --epochs 1 --batch-size 2 --lr 0.1 --run r".split()) == 0
+    flags = "--bases ./base-a --data data --tasks one,say --epochs 1 --batch-size 2 --lr 0.1 --run r"
+    assert command(train, *flags.split()) == 0
     return world / "r"
 
 
@@ -168,14 +172,14 @@ def test_a_run_with_completions_end_to_end(opened, capsys):
     assert command(evaluation, "--run", opened) == 0
     found = [json.loads(line) for line in (opened / "results.jsonl").read_text().splitlines()]
     contract = {"method", "base", "role", "task", "seed", "n", "select", "acc_norm", "log_loss", "rows", "seconds"}
-    assert {row["task"] for row in found} == {"one", "say"} and {row["method"] for row in found} == {"base", "lora", "portal"}
+    assert {(row["task"], row["method"]) for row in found} == {(t, m) for t in tasks for m in ("base", "lora", "portal")}
     for row in found:
         assert set(row) == contract | ({"metric"} if row["task"] == "say" else set())
     assert "Exact match of the decoded text stands for acc_norm in say." in (opened / "results.md").read_text()
 
 
 def test_inference_as_the_readme_has_it(tmp_path, monkeypatch):
-    """The README's python blocks, executed on a random toy run: every row as the plain model with its own task's LoRA has it."""
+    """The README's python blocks, run on a random toy: every row as the plain model with its task's LoRA has it."""
     section = (ROOT / "README.md").read_text().split("## One base, many tasks at inference")[1].split("\n## ")[0]
     code = "\n".join(re.findall(r"```python\n(.*?)```", section, re.S))
     base, run = load_base("toy-qwen-l"), tmp_path / "out" / "toy"
