@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, masking_utils
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, masking_utils
 from transformers.utils.logging import disable_progress_bar
 
 from cli import ROOT, TOY_SEEN, TOY_UNSEEN, BadInput, first_sentence
@@ -101,6 +101,7 @@ class Base:
                                    "only bases whose layers all have the same shapes are supported")
                 setattr(parent, attribute, Adapted(linear, m, layer, self.live))
         model.set_output_embeddings(PickedHead(model.get_output_embeddings(), self.live))
+        model.generation_config = GenerationConfig()                                 # no repetition penalty and the like
 
     @property
     def device(self):
@@ -110,31 +111,34 @@ class Base:
         """The frozen weight W [d_out, d_in] of module kind m."""
         return self.linears[layer][m].weight
 
-    @contextlib.contextmanager
-    def wearing(self, state):
-        """The patched modules see `state` (A, B, task, scale, at) while this lasts."""
-        before = dict(vars(self.live))
-        vars(self.live).update(state)
-        try:
-            yield
-        finally:
-            vars(self.live).update(before)
-
     def logits(self, batch, adapters=None):
         """Logits [N, vocabulary] at the N positions of `batch` (data.collate) that predict a continuation's token.
 
         adapters: Adapters for the tasks that `batch.task` [R] counts, or None for the bare base. Rows are padded on
         the right, so a causal mask alone keeps the padding out and a training batch needs no mask at all.
         """
-        state = {"at": batch.at}
-        if adapters is not None:
-            state.update(A={m: a.unbind(1) for m, a in adapters.A.items()},          # L tensors [T, r, d_in]
-                         B={m: b.unbind(1) for m, b in adapters.B.items()},          # L tensors [T, d_out, r]
-                         scale=adapters.scale, task=batch.task)
         # transformers looks whether one row packs several texts, and waits for the device to tell. No row of ours does.
         unpacked = mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
-        with self.wearing(state), unpacked:
+        with self.adapted(adapters, batch.task, batch.at), unpacked:
             return self.model(input_ids=batch.ids, use_cache=False, **self.tree(batch)).logits
+
+    def adapted(self, adapters, task, at=None):
+        """Inside, row r of a forward pass has the adapters of task[r], and logits are read at the positions `at`."""
+        if adapters is None:
+            return self.wearing({"at": at})
+        return self.wearing(dict(at=at, task=task, scale=adapters.scale,
+                                 A={m: a.unbind(1) for m, a in adapters.A.items()},  # L tensors [T, r, d_in]
+                                 B={m: b.unbind(1) for m, b in adapters.B.items()}))  # L tensors [T, d_out, r]
+
+    @contextlib.contextmanager
+    def wearing(self, state):
+        """The patched modules see `state` while this lasts."""
+        before = dict(vars(self.live))
+        vars(self.live).update(state)
+        try:
+            yield
+        finally:
+            vars(self.live).update(before)
 
     def recompute_layers(self):
         """Keep nothing of a layer but its input, and run it again in the backward pass: less memory, a third more time."""
@@ -143,6 +147,22 @@ class Base:
         for layer in self.blocks:
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, context_fn=context,
                                               preserve_rng_state=False)              # nothing is random: no dropout
+
+    @torch.no_grad()
+    def generate(self, prompts, adapters=None, tasks=None, max_new_tokens=32):
+        """The greedy continuations of R prompts, row r with the adapters of tasks[r] (indices): one forward pass a new
+        token for all of them. Prompts are texts or lists of token ids. A row ends at EOS or after max_new_tokens."""
+        prompts = [self.tokenizer(p).input_ids if isinstance(p, str) else p for p in prompts]
+        eos, S = self.tokenizer.eos_token_id, max(map(len, prompts))
+        # Padding stands on the left, so that every row's next token comes at the same place; the mask hides it.
+        ids = torch.tensor([[0] * (S - len(p)) + p for p in prompts], device=self.device)  # [R, S]
+        mask = torch.tensor([[0] * (S - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        task = None if tasks is None else torch.as_tensor(tasks, device=self.device)    # [R]
+        with self.adapted(adapters, task):
+            new = self.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens,
+                                      eos_token_id=eos, pad_token_id=0 if eos is None else eos)[:, S:].tolist()
+        new = [row[:row.index(eos)] if eos in row else row for row in new]
+        return self.tokenizer.batch_decode(new, clean_up_tokenization_spaces=False)
 
     def tree(self, batch):
         """Mask and positions for rows that hold a prompt (segment 0) and then several continuations (1, 2, ...): each
@@ -188,19 +208,24 @@ if not sys.stderr.isatty():
     disable_progress_bar()
 
 
-def load_base(spec, device="cpu", dtype=torch.float32, recompute=False):
-    """Load and patch the base that `spec` names (see `resolve`; `recompute`: Base.recompute_layers). Remote code is never run; weights come from
-    safetensors or GGUF only."""
-    name, where, revision, gguf = resolve(spec)
-    options = {"revision": revision, "trust_remote_code": False, **({"gguf_file": gguf} if gguf else {})}
+def pretrained(cls, spec, **options):
+    """cls.from_pretrained of what `spec` names (see `resolve`). Remote code is never run."""
+    _, where, revision, gguf = resolve(spec)
     try:
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32 if gguf else dtype,
-                                                     **({} if gguf else {"use_safetensors": True}), **options)
-        for p in model.parameters():                                                 # GGUF loads as float32. Parameters only:
-            p.data = p.data.to(dtype)                                                # rotary buffers must stay float32
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        return cls.from_pretrained(where, revision=revision, trust_remote_code=False,
+                                   **({"gguf_file": gguf} if gguf else {}), **options)
     except Exception as error:                                                       # whatever the loader meets in a folder
         raise BadInput(f"base {spec!r} could not be loaded from {where}: {first_sentence(error)}")
+
+
+def load_base(spec, device="cpu", dtype=torch.float32, recompute=False):
+    """Load and patch the base that `spec` names; `recompute`: see Base.recompute_layers. Weights come from safetensors or GGUF only."""
+    name, where, revision, gguf = resolve(spec)
+    options = dict(dtype=torch.float32) if gguf else dict(dtype=dtype, use_safetensors=True)
+    model = pretrained(AutoModelForCausalLM, spec, **options)
+    for p in model.parameters():                                                     # GGUF loads as float32. Only the
+        p.data = p.data.to(dtype)                                                    # rotary buffers must remain float32
+    tokenizer = pretrained(AutoTokenizer, spec)
     revision = getattr(model.config, "_commit_hash", None) or revision
     if spec in TOY or pathlib.Path(where).is_dir():                                  # an alias, or a path that outlives a cd
         where = spec if spec in TOY else str(pathlib.Path(where, gguf or "").resolve())

@@ -97,7 +97,7 @@ FLAGS = {  # one meaning everywhere; a default of None means "the preset below" 
     "bases": dict(type=commas(), metavar="A,B", help="aliases, hub ids (org/name@revision), local folders or .gguf files"),
     "to": dict(type=commas(), metavar="A,B", help="the bases to port to, named like --bases"),
     "data": dict(type=pathlib.Path, metavar="DIR", help="folder of tasks: DIR/<task>/{train,eval}.jsonl"),
-    "tasks": dict(type=commas(), metavar="A,B", help="which tasks of the data folder (default: all)"),
+    "tasks": dict(type=commas(), metavar="A,B", help="which tasks of the data folder (default: all); --task is the same"),
     "n": dict(type=positive(int), help="training rows a task, a seeded random sample (held-out rows are part of it)"),
     "modules": dict(type=modules, help="adapted projections: q,v (default) or all"),
     "norm": dict(choices=["layer", "none"], help="LayerNorm in the trunk, or the write-up's trunk as printed"),
@@ -111,6 +111,7 @@ FLAGS = {  # one meaning everywhere; a default of None means "the preset below" 
     "max-tokens": dict(type=positive(int), help="token budget of a micro-batch, padding included"),
     "recompute": dict(action="store_true", help="keep no layer's inner activations: less memory, more time"),
     "eval-rows": dict(type=positive(int), help="evaluation rows a task, a seeded random sample (default: all)"),
+    "show": dict(type=positive(int), metavar="N", help="print N evaluation rows a task, before and after; write nothing"),
     "overwrite": dict(action="store_true", help="replace what the run folder already holds"),
 }
 
@@ -119,7 +120,8 @@ def parse(description, names, argv=None, **changes):
     """Parse the flags `names` (spelled as on the command line); `changes` overrides a shared flag or describes its own."""
     parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in names.split():
-        parser.add_argument("--" + name, **{**FLAGS.get(name, {}), **changes.get(name.replace("-", "_"), {})})
+        also = ["--task"] if name == "tasks" else []
+        parser.add_argument("--" + name, *also, **{**FLAGS.get(name, {}), **changes.get(name.replace("-", "_"), {})})
     args = parser.parse_args(argv)
     if "dtype" in args:
         args.dtype = getattr(torch, args.dtype or ("float32" if args.device.startswith("cpu") else "bfloat16"))

@@ -1,66 +1,103 @@
 """Tasks: the JSONL format, tokens, and micro-batches that mix the rows of all tasks.
 
-A task is a folder, <data>/<task>/train.jsonl and eval.jsonl, with rows
+A task is a folder, <data>/<task>/train.jsonl and eval.jsonl. Its rows are all choices or all open completions:
 
     {"task": "rte", "prompt": "...\\nAnswer:", "choices": [" True", " False"], "gold_idx": 0}
+    {"task": "capital", "prompt": "France's capital is", "completion": " Paris"}
 
-    python data.py --out data/     builds the 14 benchmarks of the write-up from the hub, in this form
+    python data.py --out data/                        builds the 14 benchmarks of the write-up from the hub, in this form
+    python data.py --check data/ --bases qwen3-1.7b   what is wrong with a folder, and what is in it
 
-No white space ends a prompt and one space starts a choice, so that the two can be encoded separately and joined.
+No white space ends a prompt and one space starts a choice or completion, so that the two can be encoded separately and
+joined.
 """
 import json, pathlib, random, re
+from collections import Counter
 from typing import NamedTuple
 
 import torch
 
 from cli import BadInput, Parser, commas, first_sentence, run_main, write_whole
 
+MAX_LENGTH = 1024  # tokens of a prompt with its longest choice
+
 
 class Row(NamedTuple):
+    """A completion is the gold one of a single choice: training never sees the others, so to it the kinds are one."""
     task: str
     prompt: str
     choices: list
-    gold: int
+    gold: int = 0
+
+    @property
+    def open(self):
+        return len(self.choices) == 1
+
+    @property
+    def kind(self):
+        return "a completion" if self.open else "choices"
 
 
 # ---------------------------------------------------------------------------------------------- reading a folder
-def read_rows(path, task):
-    """The rows of one JSONL file; BadInput with file and line number for the first one that is not of the format."""
-    rows = []
+def stop(problem):
+    raise BadInput(problem)
+
+
+def read_line(line, task):
+    """One line of a task's file (bytes) -> (Row, []), or (None, everything that is wrong with it)."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")                          # splitlines() would split at U+2028, too
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: not readable ({error})")
-    for number, line in enumerate(lines if lines[-1] else lines[:-1], 1):
-        def bad(why):
-            raise BadInput(f"{path}:{number}: {why}")
-        try:
-            row = json.loads(line)
-            json.dumps(row, ensure_ascii=False).encode()                             # half a surrogate pair is not text
-        except ValueError:
-            bad('not JSON; a line is {"task": ..., "prompt": ..., "choices": [...], "gold_idx": ...}')
-        if not isinstance(row, dict) or not {"prompt", "choices", "gold_idx"} <= set(row):
-            bad("task, prompt, choices and gold_idx are needed")
-        prompt, choices, gold = row["prompt"], row["choices"], row["gold_idx"]
-        if row.get("task", task) != task:
-            bad(f"task is {row['task']!r} in the folder of {task!r}")
-        if not isinstance(prompt, str) or not prompt.strip():
-            bad("the prompt is empty")
-        if prompt != prompt.rstrip():
-            bad("the prompt ends in white space; the space belongs to the start of each choice")
-        if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) for c in choices):
-            bad("choices must be a list of two or more strings")
-        if not all(c.strip() for c in choices):
-            bad(f"choice {[bool(c.strip()) for c in choices].index(False)} is empty or blank")
+        row = json.loads(line.decode("utf-8"))
+        json.dumps(row, ensure_ascii=False).encode()                                 # half a surrogate pair is not text
+    except (ValueError, RecursionError):
+        return None, ['not JSON in UTF-8; a line is {"task": ..., "prompt": ..., "choices": [...], "gold_idx": ...} '
+                      'or {"task": ..., "prompt": ..., "completion": ...}']
+    if not isinstance(row, dict) or "prompt" not in row or not ("completion" in row or {"choices", "gold_idx"} <= set(row)):
+        return None, ["task, prompt, choices and gold_idx are needed, or task, prompt and completion"]
+    wrong, prompt, choices, gold = [], row["prompt"], row.get("choices"), row.get("gold_idx")
+    if row.get("task", task) != task:
+        wrong.append(f"task is {row['task']!r} in the folder of {task!r}")
+    if not isinstance(prompt, str) or not prompt.strip():
+        wrong.append("the prompt is empty")
+    elif prompt != prompt.rstrip():
+        wrong.append("the prompt ends in white space; the space belongs to the start of what follows it")
+    if "completion" in row:
+        choices, gold = [row["completion"]], 0
+        if "choices" in row or "gold_idx" in row:
+            wrong.append("a row has choices and gold_idx or a completion, not both")
+        if not isinstance(choices[0], str) or not choices[0].strip():
+            wrong.append("the completion is empty or blank")
+    elif not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) for c in choices):
+        wrong.append("choices must be a list of two or more strings")
+    else:
+        wrong += [f"choice {k} is empty or blank" for k, choice in enumerate(choices) if not choice.strip()]
         if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < len(choices):
-            bad(f"gold_idx is {gold!r}; 0 to {len(choices) - 1} is accepted")
-        rows.append(Row(task, prompt, choices, gold))
+            wrong.append(f"gold_idx is {gold!r}; 0 to {len(choices) - 1} is accepted")
+    return (None if wrong else Row(task, prompt, choices, gold)), wrong
+
+
+def read_rows(path, task, report=stop):
+    """The rows of one JSONL file. report("file:line: why") is called for all that is wrong: to train is to stop at the
+    first, to --check is to collect them and go on with the good rows."""
+    try:
+        lines = path.read_bytes().split(b"\n")                                       # splitlines() would split at \r, too
+    except OSError as error:
+        report(f"{path}: not readable ({error})")
+        return []
+    rows = []
+    for number, line in enumerate(lines if lines[-1] else lines[:-1], 1):
+        row, wrong = read_line(line, task)
+        if row and rows and row.open != rows[0].open:
+            row, wrong = None, [f"{row.kind} in a file that starts with {rows[0].kind}; a task is all one or all the other"]
+        for why in wrong:
+            report(f"{path}:{number}: {why}")
+        if row:
+            rows.append(row)
     return rows
 
 
-def load_tasks(folder, tasks=None):
+def load_tasks(folder, tasks=None, report=stop):
     """{task: {"train": [Row], "eval": [Row]}} of a data folder, all tasks in it (sorted) or those named."""
-    found = sorted(p.parent.name for p in folder.glob("*/train.jsonl"))
+    found = sorted({p.parent.name for split in ("train", "eval") for p in folder.glob(f"*/{split}.jsonl")})
     if not found:
         raise BadInput(f"{folder}: no tasks here; a task is a folder <task>/ with train.jsonl and eval.jsonl")
     for task in tasks or ():
@@ -68,11 +105,14 @@ def load_tasks(folder, tasks=None):
             raise BadInput(f"unknown task {task!r}; {folder} holds {', '.join(found)}")
     data = {}
     for task in tasks or found:
-        data[task] = {split: read_rows(folder / task / f"{split}.jsonl", task) for split in ("train", "eval")}
-        for split, rows in data[task].items():
+        data[task] = {split: read_rows(folder / task / f"{split}.jsonl", task, report) for split in ("train", "eval")}
+        train, evaluation = data[task].values()
+        for split, rows, kind in (("train", train, "training"), ("eval", evaluation, "evaluation")):
             if not rows:
-                kind = "training" if split == "train" else "evaluation"
-                raise BadInput(f"{folder / task / split}.jsonl: task {task!r} has no {kind} rows")
+                report(f"{folder / task / split}.jsonl: task {task!r} has no {kind} rows")
+        if train and evaluation and train[0].open != evaluation[0].open:
+            report(f"{folder / task}/eval.jsonl:1: {evaluation[0].kind} here, {train[0].kind} in train.jsonl; "
+                   "a task is all one or all the other")
     return data
 
 
@@ -101,22 +141,29 @@ class Item(NamedTuple):
         return len(self.prompt) + sum(map(len, self.continuations))
 
 
-def encode(tokenizer, rows, tasks, choices="all", max_length=1024):
+def encode(tokenizer, rows, tasks, choices="all", max_length=MAX_LENGTH):
     """Tokenise rows -> (items, how many prompts were cut). `choices`: "all", or "gold" for training.
 
     Prompt and choice are encoded separately and joined, so that no choice changes the prompt's tokens. A prompt that
     would pass `max_length` with its longest choice is cut from the left, behind the BOS token where there is one.
+
+    A completion ends with the EOS token: nothing else tells the model where an open answer ends, and decoding stops
+    there. It is an answer token like the others, trained on and counted in log_loss. Choices have none: they are only
+    compared with each other.
     """
     if not rows:
         return [], 0
     prompts = tokenizer([row.prompt for row in rows]).input_ids
     texts = [row.choices if choices == "all" else [row.choices[row.gold]] for row in rows]
     flat = iter(tokenizer([text for row in texts for text in row], add_special_tokens=False).input_ids)
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     items, cut = [], 0
     for row, ids, text in zip(rows, prompts, texts):
         continuations = [next(flat) for _ in text]
         if not ids or not all(continuations):
             raise BadInput(f"task {row.task!r}: {row.prompt!r} or one of {text} has no tokens in this base's tokenizer")
+        if row.open:
+            continuations = [continuations[0] + eos]
         room = max(8, max_length - max(map(len, continuations)))
         if len(ids) > room:
             bos = ids[:1] if ids[0] == tokenizer.bos_token_id else []
@@ -376,15 +423,68 @@ def build(out, tasks=tuple(BENCHMARKS)):
               f"dropped: {malformed} malformed, {leaked} train rows also in eval")
 
 
+# ---------------------------------------------------------------------------------------------- checking a folder
+def shares(values):
+    return ", ".join(f"{value} {n / len(values):.0%}" for value, n in sorted(Counter(values).items()))
+
+
+def check(folder, tasks=None, specs=()):
+    """Print what a folder of tasks holds, and every problem; BadInput at the end if there was one. A problem is what
+    training would refuse. Duplicates, an overlap and an odd balance are allowed, and worth knowing before."""
+    from transformers import AutoTokenizer
+    from bases import pretrained
+    def note(what, prompts):
+        example = f", such as {json.dumps(prompts[0][-60:], ensure_ascii=False)}" if prompts else ""
+        print(f"  {len(prompts)} {what}{example}")
+    problems = []
+    data = load_tasks(folder, tasks, problems.append)
+    tokenizers = {spec: pretrained(AutoTokenizer, spec) for spec in specs}
+    for task, splits in data.items():
+        kind = next(("completions" if row.open else "choices" for rows in splits.values() for row in rows), "no good rows")
+        print(f"{task}: {kind}, train {len(splits['train'])}, eval {len(splits['eval'])}")
+        for split, rows in splits.items():
+            if rows and not rows[0].open:
+                print(f"  {split} gold_idx: {shares([row.gold for row in rows])}")
+                if len({tuple(sorted(row.choices)) for row in rows}) == 1:           # one set of labels, in whatever order
+                    texts = shares([json.dumps(row.choices[row.gold], ensure_ascii=False) for row in rows])
+                    print(f"  {split} gold text: {texts}")
+            counts = Counter((row.prompt, tuple(row.choices), row.gold) for row in rows)
+            note(f"duplicate rows in {split}", [row[0] for row, n in counts.items() for _ in range(n - 1)])
+        seen = {row.prompt for row in splits["train"]}
+        note("eval rows whose prompt is in train, too", [row.prompt for row in splits["eval"] if row.prompt in seen])
+        for spec, tokenizer in tokenizers.items():
+            try:                                                                     # as training and evaluation do
+                parts = [(rows, choices) for rows, choices in zip(splits.values(), ("gold", "all"))]
+                items = [item for rows, choices in parts for item in encode(tokenizer, rows, [task], choices, 10 ** 9)[0]]
+                cut = sum(encode(tokenizer, rows, [task], choices)[1] for rows, choices in parts)
+            except BadInput as error:
+                problems.append(f"{folder / task}: {spec}: {error}")
+                continue
+            lengths = sorted(len(item.prompt) + max(map(len, item.continuations)) for item in items)
+            if lengths:
+                print(f"  tokens of {spec}: median {lengths[len(lengths) // 2]}, max {lengths[-1]}; "
+                      f"{cut} of {len(items)} prompts would be cut to {MAX_LENGTH}")
+    for problem in problems:
+        print(problem)
+    if problems:
+        raise BadInput(f"{folder}: {len(problems)} problem{'s' * (len(problems) > 1)}, named above")
+    print("no problems")
+
+
 def main(argv=None):
-    parser = Parser(description="Build the 14 benchmarks from the Hugging Face hub.", allow_abbrev=False)
-    parser.add_argument("--out", type=pathlib.Path, default="data", metavar="DIR", help="where to (default: data/)")
-    parser.add_argument("--tasks", type=commas(), default=list(BENCHMARKS), metavar="A,B", help="some of them")
+    parser = Parser(description="Build the 14 benchmarks from the Hugging Face hub, or check a folder of tasks.",
+                    allow_abbrev=False)
+    parser.add_argument("--out", type=pathlib.Path, default="data", metavar="DIR", help="build them there (default: data/)")
+    parser.add_argument("--check", type=pathlib.Path, metavar="DIR", help="check this folder (exit code 2: problems)")
+    parser.add_argument("--bases", type=commas(), default=(), metavar="A,B", help="--check: whose tokens are counted")
+    parser.add_argument("--tasks", "--task", type=commas(), metavar="A,B", help="some of them (default: all)")
     args = parser.parse_args(argv)
-    for task in args.tasks:
+    if args.check:
+        return check(args.check, args.tasks, args.bases)
+    for task in args.tasks or ():
         if task not in BENCHMARKS:
             raise BadInput(f"unknown task {task!r}; accepted are {', '.join(BENCHMARKS)}")
-    build(args.out, args.tasks)
+    build(args.out, args.tasks or BENCHMARKS)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
     python eval.py                     everything the run trained last holds; missing baselines are fitted first
     python eval.py --bases toy-gemma   only these bases
+    python eval.py --task rte --show 5 five rows with every score before and after PorTAL; nothing is written
 
     score(choice) = log p(choice | prompt) / characters(choice)       the leading space counts
     acc_norm      = share of rows whose gold choice scores above every other (a tie is an error)
-    log_loss      = NLL of the gold choices / their number of tokens
+    log_loss      = NLL of the gold choices / their number of tokens  (a completion's tokens include the EOS at its end)
+    exact match    = share of open rows whose greedy decoding is the completion; it stands where acc_norm does
     recovered lift = (acc - acc_base) / (acc_LoRA - acc_base)         retention = acc / acc_LoRA
 """
 import json, os, pathlib, platform, time
@@ -43,19 +45,37 @@ def full_precision(logits):
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+def decode(base, adapters, items, max_tokens):
+    """For every item with a completion, in order: the greedily decoded text. Decoding stops at EOS or after twice as many
+    tokens as the longest gold completion of `items` has, 16 at least. A bare base does not know that the answer is over
+    and goes on in a new line: the text ends with its first line (or has as many lines as the gold completion)."""
+    found, limit = {}, max(16, 2 * max((len(item.continuations[0]) for item in items), default=0))
+    for part in micro_batches(items, max_tokens):
+        texts = base.generate([item.prompt for item in part], adapters, [item.task for item in part], limit)
+        for item, text in zip(part, texts):
+            lines = 1 + item.row.choices[0].rstrip().count("\n")
+            found[id(item)] = "\n".join(text.split("\n")[:lines])
+    return [found[id(item)] for item in items]
+
+
+def per_character(item, log_p):
+    return [lp / len(choice) for lp, choice in zip(log_p, item.row.choices)]
+
+
 def evaluate(base, adapters, items, max_tokens):
-    """{task index: {"acc_norm", "log_loss", "rows", "correct": [bool a row]}} of the tasks that `items` hold."""
-    cells = {}
+    """{task index: {"acc_norm", "log_loss", "rows", "correct": [bool a row]}} of the tasks that `items` hold; a task of
+    completions has its exact match as "acc_norm", and "metric": "exact_match"."""
+    cells, texts = {}, iter(decode(base, adapters, [item for item in items if item.row.open], max_tokens))
     for item, log_p in zip(items, score(base, adapters, items, max_tokens)):
-        choices, gold = item.row.choices, item.row.gold
-        per_character = [lp / len(choice) for lp, choice in zip(log_p, choices)]
-        rivals = [s for k, s in enumerate(per_character) if k != gold]
-        cell = cells.setdefault(item.task, {"correct": [], "nll": 0.0, "tokens": 0})
-        cell["correct"].append(per_character[gold] > max(rivals))
+        gold, scores = item.row.gold, per_character(item, log_p)
+        cell = cells.setdefault(item.task, {"correct": [], "nll": 0.0, "tokens": 0, "open": item.row.open})
+        cell["correct"].append(next(texts).strip() == item.row.choices[0].strip() if item.row.open
+                               else scores[gold] > max(s for k, s in enumerate(scores) if k != gold))
         cell["nll"] -= log_p[gold]
         cell["tokens"] += len(item.continuations[gold])
     return {task: {"acc_norm": sum(c["correct"]) / len(c["correct"]), "log_loss": c["nll"] / c["tokens"],
-                   "rows": len(c["correct"]), "correct": c["correct"]} for task, c in cells.items()}
+                   "rows": len(c["correct"]), "correct": c["correct"], **({"metric": "exact_match"} if c["open"] else {})}
+            for task, c in cells.items()}
 
 
 def macro(cells):
@@ -98,9 +118,27 @@ def measure(run, method, tag, base, items, tasks, max_tokens, row):
             seconds = round((time.time() - start) / len(cells), 3)
         for t, cell in cells.items():
             append_jsonl(run / "results.jsonl", dict(
-                method=method, base=base.name, task=tasks[t], select=select, acc_norm=cell["acc_norm"],
-                log_loss=cell["log_loss"], rows=cell["rows"], seconds=seconds, **row))
+                method=method, base=base.name, task=tasks[t], select=select, seconds=seconds, **row,
+                **{key: value for key, value in cell.items() if key != "correct"}))
     print(f"{tag} {method}: acc_norm {sum(c['acc_norm'] for c in cells.values()) / len(cells):.3f}", flush=True)
+
+
+def show(run, base, items, max_tokens):
+    """Print every item with its choices' scores, or the decoded text, of the bare base and with PorTAL's adapters."""
+    both = (None, adapters_of(run, "portal", base.name, base))
+    scores = list(zip(*(score(base, adapters, items, max_tokens) for adapters in both)))
+    opened = [item for item in items if item.row.open]
+    texts = zip(*(decode(base, adapters, opened, max_tokens) for adapters in both))
+    for item, log_p in zip(items, scores):
+        row = item.row
+        print(f"\n{base.name}, {row.task}:\n" + "\n".join("    " + line for line in row.prompt.split("\n")))
+        if row.open:
+            for what, text in zip(("gold", "before", "after"), (row.choices[0], *next(texts))):
+                print(f"  {what:6} {text.strip()!r}")
+            continue
+        print("    before    after   (log-probability a character; * gold)")
+        for k, (choice, *pair) in enumerate(zip(row.choices, *(per_character(item, lp) for lp in log_p))):
+            print(f"{'*' if k == row.gold else ' '} " + " ".join(f"{s:8.3f}" for s in pair) + f"  {choice!r}")
 
 
 # ---------------------------------------------------------------------------------------------- the table and the plots
@@ -129,11 +167,13 @@ def write_results(run, tasks):
     """results.md and one bar plot a base, drawn from results.jsonl alone."""
     found, seen = read_results(run), [b["base"] for b in read_json(run / "portal.json")["bases"]]
     rows, seeds = (sorted({row[key] for cells in found.values() for row in cells.values()}) for key in ("rows", "seed"))
+    opened = sorted({row["task"] for cells in found.values() for row in cells.values() if "metric" in row})
     lines = [f"# Results of {run.resolve().name}", "",
              f"{len(tasks)} tasks, {' to '.join(map(str, sorted({rows[0], rows[-1]})))} evaluation rows each; "
              f"seed {', '.join(map(str, seeds))}; {hardware()}.", "",
              "Macro averages over the tasks. `best`: the epoch selected on rows held out of train; `final`: the last epoch. "
-             "Lift and retention are of the selected epoch, against the LoRA fitted on the same rows.", "",
+             "Lift and retention are of the selected epoch, against the LoRA fitted on the same rows."
+             + (f" Exact match of the decoded text stands for acc_norm in {', '.join(opened)}." if opened else ""), "",
              "| base | role | n | method | acc_norm best | acc_norm final | log_loss best | recovered lift | retention |",
              "|---" * 9 + "|"]
     details = []
@@ -187,8 +227,8 @@ def main(argv=None):
     from baselines import cross_lora, lora    # these train with train.fit, which scores its epochs with this file
     from bases import reload_base
     from train import preset
-    args = parse(__doc__, "run bases data tasks epochs batch-size lr max-tokens recompute eval-rows device dtype overwrite", argv,
-                 epochs=dict(help="of the LoRA baseline"), batch_size=dict(help="of the LoRA baseline"),
+    args = parse(__doc__, "run bases data tasks epochs batch-size lr max-tokens recompute eval-rows show device dtype "
+                          "overwrite", argv, epochs=dict(help="of the LoRA baseline"), batch_size=dict(help="of the LoRA baseline"),
                  lr=dict(help="of the LoRA baseline"),
                  overwrite=dict(help="fit the baselines again even if the run holds them"))
     run = find_run(args.run)
@@ -204,7 +244,8 @@ def main(argv=None):
         if task not in cfg.tasks:
             raise BadInput(f"--tasks: unknown task {task!r}; this run knows {', '.join(cfg.tasks)}")
     data = load_tasks(args.data or pathlib.Path(saved["data"]), cfg.tasks)
-    rows = [row for task in args.tasks or cfg.tasks for row in sum(sample(data[task]["eval"], args.eval_rows, 0), [])]
+    n = args.show or args.eval_rows
+    rows = [row for task in args.tasks or cfg.tasks for row in sum(sample(data[task]["eval"], n, 0), [])]
     loaded, fitted = {}, set()
 
     def base_of(tag):
@@ -230,19 +271,25 @@ def main(argv=None):
 
     for tag in [tag for name in chosen for tag, p in provenance.items() if p["base"] == name]:
         base, p = base_of(tag), provenance[tag]
+        items, cut = encode(base.tokenizer, rows, cfg.tasks)
+        if cut:
+            print(f"{base.name}: {cut} of {len(items)} prompts were cut from the left")
+        max_tokens = args.max_tokens or preset([base.name])["max_tokens"]
+        if args.show:
+            if tag == base.name:                                                     # not the smaller samples of a sweep
+                show(run, base, items, max_tokens)
+            continue
         ensure_lora(tag)
         transfers = ()
         source = next((name for name in reversed(seen) if name != base.name), None)  # whose LoRAs are carried over
         if source:
             ensure_lora(source)
             transfers = cross_lora.transfer_all(run, tag, base, base_of(source), p["seed"])
-        items, cut = encode(base.tokenizer, rows, cfg.tasks)
-        if cut:
-            print(f"{base.name}: {cut} of {len(items)} prompts were cut from the left")
-        max_tokens = args.max_tokens or preset([base.name])["max_tokens"]
         for method in ("base", "lora", *transfers, "portal"):
             measure(run, method, tag, base, items, cfg.tasks, max_tokens, dict(
                 role="seen" if base.name in seen else "unseen", seed=p["seed"], n=0 if method == "base" else p["n"]))
+    if args.show:
+        return
     write_results(run, cfg.tasks)
     print((run / "results.md").read_text().split("\n## ")[0])
     print(f"table: {run / 'results.md'}, plots beside it")

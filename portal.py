@@ -11,7 +11,7 @@
 Everything that adapts a base, this generator and the per-task LoRA alike, yields `Adapters`. Training, evaluation
 and export consume Adapters and know nothing else. Method: Geist, "PorTAL: Portable Task Adapters for LLMs", 2026.
 """
-import dataclasses
+import dataclasses, pathlib
 from typing import NamedTuple
 
 import safetensors, safetensors.torch
@@ -108,6 +108,11 @@ class Portal:
         self.z = nn.Parameter(0.02 * torch.randn(len(cfg.tasks), cfg.d_z))           # [T, d_z]
         self.core = Core(cfg)
         self.converters = {}                                                         # {base name: Converter}
+
+    @staticmethod
+    def load(run, base):
+        """What a run folder holds for one loaded base (bases.load_base), on that base's device."""
+        return load_portal(pathlib.Path(run), [base.name]).to(base.device)
 
     def adapters(self, base):
         """Generate the adapters of every task for one base, with their graph."""

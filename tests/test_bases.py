@@ -87,6 +87,45 @@ def test_peft_gives_the_same_logits():
     torch.testing.assert_close(got, torch.cat(want), rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def plain_greedy(model, prompt, n):
+    """n tokens of one row alone, the whole text through an unpatched model for each."""
+    ids = list(prompt)
+    for _ in range(n):
+        ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt):]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_generate_equals_one_row_at_a_time_without_a_cache(architecture):
+    """Left padding, tasks mixed in a batch, a KV cache, windows of 5 that the text outgrows, rows that end at EOS early."""
+    base, model, n = tiny_base(architecture), tiny_model(architecture), 12
+    tokenizer, adapters, rows = base.tokenizer, random_adapters(base), items() + items(seed=1)
+    tokenizer.add_tokens([f"x{i}" for i in range(8)])                                # a word for each of the 64 logits
+    bare, adapted = [plain_greedy(model, item.prompt, n) for item in rows], []
+    for item in rows:
+        handles = lora_hooks(model, *of_task(adapters, item.task))
+        adapted.append(plain_greedy(model, item.prompt, n))
+        for h in handles:
+            h.remove()
+    prompts, tasks = [item.prompt for item in rows], [item.task for item in rows]
+    tokenizer.eos_token = None                                                       # the limit alone ends a row
+    assert base.generate(prompts, adapters, tasks, n) == tokenizer.batch_decode(adapted)
+    assert base.generate(prompts, max_new_tokens=n) == tokenizer.batch_decode(bare) != tokenizer.batch_decode(adapted)
+    eos = next(t for new in adapted for t in new[1:-1] if 0 < sum(t in other for other in adapted) < len(rows))
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos)                       # some rows end there, others do not
+    want = tokenizer.batch_decode([new[:new.index(eos)] if eos in new else new for new in adapted])
+    assert base.generate(tokenizer.batch_decode(prompts), adapters, tasks, n) == want  # texts, too, are prompts
+
+
+def test_generate_heeds_no_sampling_habits_of_a_folder(tmp_path):
+    folder, prompts = save_tiny(tmp_path / "base"), [item.prompt for item in items()]
+    want = load_base(str(folder)).generate(prompts)
+    (folder / "generation_config.json").write_text(
+        '{"do_sample": true, "temperature": 2.0, "repetition_penalty": 5.0, "eos_token_id": [3, 14, 15, 16]}')
+    assert load_base(str(folder)).generate(prompts) == want
+
+
 def test_shapes_are_read_from_the_layers():
     base = tiny_base("qwen3")
     assert base.layers == 3

@@ -2,13 +2,15 @@
 import itertools, json, random
 
 import pytest
-from conftest import tiny_tokenizer, write_task
+from conftest import save_tiny, tiny_tokenizer, write_task
 
-from cli import BadInput
+import data
+from cli import ROOT, BadInput, run_main
 from data import PASS, Cycle, Item, Row, collate, encode, load_tasks, micro_batches, read_rows, sample
 from test_benchmarks import TASKS
 
 GOOD = {"task": "t", "prompt": "w1 w2", "choices": [" w3", " w4"], "gold_idx": 1}
+OPEN = {"task": "t", "prompt": "w1 w2", "completion": " w3 w4"}
 
 
 @pytest.mark.parametrize("line, why", [
@@ -27,6 +29,27 @@ def test_a_bad_line_is_named_with_file_and_number(tmp_path, line, why):
         read_rows(path, "t")
 
 
+@pytest.mark.parametrize("line, why", [
+    (GOOD, "choices in a file that starts with a completion"), ({**OPEN, "completion": " "}, "completion is empty"),
+    ({**OPEN, "completion": None}, "completion is empty"), ({**OPEN, "choices": [" a", " b"]}, "not both"),
+    ({**OPEN, "prompt": "w1 "}, "prompt ends in white space"), ({"completion": " w1"}, "are needed"),
+])
+def test_a_bad_completion_is_named_with_file_and_number(tmp_path, line, why):
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps(OPEN) + "\n" + json.dumps(line) + "\n")
+    with pytest.raises(BadInput, match=f"train.jsonl:2: .*{why}"):
+        read_rows(path, "t")
+
+
+def test_every_problem_is_reported_and_the_good_rows_are_kept(tmp_path):
+    path, found = tmp_path / "train.jsonl", []
+    lines = [GOOD, {**GOOD, "choices": ["", " a", " "], "gold_idx": 7, "task": "u"}, OPEN, GOOD]
+    path.write_bytes("\n".join(map(json.dumps, lines)).encode() + b"\n\xff\n")
+    assert read_rows(path, "t", found.append) == [Row("t", "w1 w2", [" w3", " w4"], 1)] * 2
+    assert [problem.split("train.jsonl:")[1].split()[:2] for problem in found] == [
+        ["2:", "task"], ["2:", "choice"], ["2:", "choice"], ["2:", "gold_idx"], ["3:", "a"], ["5:", "not"]]
+
+
 def test_only_a_newline_ends_a_line(tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_text(json.dumps({**GOOD, "prompt": "a\u2028b\u0085c"}, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -43,6 +66,66 @@ def test_load_tasks(tmp_path):
     (tmp_path / "a" / "train.jsonl").write_text("")
     with pytest.raises(BadInput, match="'a' has no training rows"):
         load_tasks(tmp_path)
+
+
+def test_a_task_is_all_choices_or_all_completions(tmp_path):
+    write_task(tmp_path, "t")
+    (tmp_path / "t" / "eval.jsonl").write_text(json.dumps(OPEN) + "\n")
+    with pytest.raises(BadInput, match="t/eval.jsonl:1: a completion here, choices in train.jsonl"):
+        load_tasks(tmp_path)
+
+
+def check(capsys, *argv):
+    """python data.py --check -> (exit code, what it printed)."""
+    try:
+        run_main(lambda: data.main(["--check", *map(str, argv)]))
+        return 0, capsys.readouterr().out
+    except SystemExit as stop:
+        return stop.code, capsys.readouterr().out
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+
+
+def test_check_prints_what_a_folder_holds(tmp_path, capsys):
+    """Counts done by hand. The tiny tokenizer's tokens are words, so lengths are, too."""
+    base, rows = save_tiny(tmp_path / "base"), [{**GOOD, "prompt": f"w{i}"} for i in range(3)]
+    write(tmp_path / "data" / "t" / "train.jsonl", [*rows, {**rows[0], "choices": [" w4", " w3"], "gold_idx": 1}])
+    write(tmp_path / "data" / "t" / "eval.jsonl", [rows[1], rows[1], {**GOOD, "prompt": "w9 " * 1500 + "w8"}])
+    opened = [{"prompt": f"w{i} w2", "completion": " w3 w4 w5"} for i in range(2)]
+    write(tmp_path / "data" / "u" / "train.jsonl", opened)
+    write(tmp_path / "data" / "u" / "eval.jsonl", [{"prompt": "w7", "completion": " w6"}])
+    code, out = check(capsys, tmp_path / "data", "--bases", base)
+    assert code == 0 and out.endswith("no problems\n")
+    t, u = out.split("u: completions, train 2, eval 1\n")
+    for line in ("t: choices, train 4, eval 3", "train gold_idx: 1 100%", 'train gold text: " w3" 25%, " w4" 75%',
+                 'eval gold text: " w4" 100%', "0 duplicate rows in train", '1 duplicate rows in eval, such as "w1"',
+                 '2 eval rows whose prompt is in train, too, such as "w1"',
+                 "median 2, max 1502; 1 of 7 prompts would be cut to 1024"):
+        assert line in t, line
+    assert "gold" not in u and "median 6, max 6; 0 of 3 prompts would be cut" in u   # two words, three more, EOS
+    assert "u: " not in check(capsys, tmp_path / "data", "--task", "t")[1]
+
+
+def test_check_names_every_problem(tmp_path, capsys):
+    write(tmp_path / "one" / "train.jsonl", [GOOD, "{oops", {**GOOD, "gold_idx": 5}])
+    write(tmp_path / "two" / "train.jsonl", [{**GOOD, "task": "two"}])
+    write(tmp_path / "one" / "eval.jsonl", [{**GOOD, "task": "one", "choices": [" a", " "]}])
+    code, out = check(capsys, tmp_path)
+    assert code == 2
+    for problem in ("one/train.jsonl:1: task is 't'", "one/train.jsonl:2: not JSON", "one/train.jsonl:3: gold_idx is 5",
+                    "one/train.jsonl: task 'one' has no training rows", "one/eval.jsonl:1: choice 1 is",
+                    "two/eval.jsonl: not readable"):
+        assert problem in out
+    write(tmp_path / "two" / "eval.jsonl", [{**GOOD, "task": "two"}])
+    assert check(capsys, tmp_path, "--tasks", "two")[0] == 0
+
+
+def test_check_of_the_toy_as_the_readme_has_it(capsys):
+    code, out = check(capsys, ROOT / "toy" / "data", "--bases", "toy-gemma", "--tasks", "first,last")
+    assert code == 0 and out.count("choices, train 1000, eval 200") == 2
 
 
 def test_sample_is_random_seeded_nested_and_holds_rows_out():
@@ -65,6 +148,17 @@ def test_encode_joins_what_was_encoded_apart_and_cuts_from_the_left():
     assert cut == 1 and len(long.prompt) == 11 and long.prompt[0] == 1 and long.prompt[-1] == 12 and long.prompt[1] == 11
     (gold,), _ = encode(tokenizer, rows[:1], ["a", "b"], choices="gold")
     assert gold.continuations == [[9, 10]]
+
+
+def test_a_completion_ends_with_eos_and_a_choice_does_not():
+    tokenizer, row = tiny_tokenizer(), Row("t", "w1 w2", [" w3 w4"])
+    for choices in ("all", "gold"):
+        assert encode(tokenizer, [row], ["t"], choices)[0][0].continuations == [[7, 8, tokenizer.eos_token_id]]
+    assert encode(tokenizer, [Row("t", "w1", [" w3", " w4"], 0)], ["t"], "gold")[0][0].continuations == [[7]]
+    (item,), cut = encode(tokenizer, [Row("t", "w1 " * 30 + "w2", [" w3"])], ["t"], max_length=12)
+    assert cut == 1 and item.length() == 12                                          # EOS is inside the limit
+    tokenizer.eos_token = None
+    assert encode(tokenizer, [row], ["t"])[0][0].continuations == [[7, 8]]
 
 
 def test_micro_batches_keep_the_budget_and_every_item():
