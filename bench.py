@@ -12,8 +12,8 @@ A contestant is a generator: the first next() loads its base, every other one do
 After one untimed turn each, they take turns; a ratio is peer / ours of one turn, and the table has the median of all.
 Needs requirements-bench.txt; where a peer, the tasks or the base are missing, the table says "not measured" and why.
 """
-import contextlib, importlib.metadata, io, itertools, json, logging, multiprocessing, os, pathlib, re, statistics, sys, time
-import concurrent.futures
+import concurrent.futures, contextlib, importlib.metadata, importlib.util, io, itertools, json, logging, multiprocessing, os
+import pathlib, shlex, statistics, sys, time
 from typing import NamedTuple
 
 import torch
@@ -31,8 +31,10 @@ from train import EMA, Learner, portal_learner, preset, task_gradients
 
 MAX_PROMPT = 768                  # portallib cuts longer prompts; nobody gets one
 ROWS = 4                          # rows of every task in a training round
+ROUNDS = 10_000                   # of the learning rate's schedule: it never ends here
 TURNS = 5
-LONG = 100_000                    # rounds of a schedule that never ends here
+EVAL_ROWS = {False: 50, True: 3}   # a task; with --quick
+BATCHES = {"cpu": (4, 8, 16), "cuda": (8, 32, 128)}  # sequences in a batch of an evaluation: a peer's fastest is taken
 
 
 class Work(NamedTuple):
@@ -100,7 +102,7 @@ def train_ours(work):
     portal = Portal(work.config(tasks))
     portal.converters[base.name] = Converter(portal.cfg, base.layers, base.dims)
     portal.to(work.device)
-    learner, ema = portal_learner(portal, {t: (rows, []) for t, rows in tasks.items()}, LONG, ROWS, 1e-3), EMA()
+    learner, ema = portal_learner(portal, {t: (rows, []) for t, rows in tasks.items()}, ROUNDS, ROWS, 1e-3), EMA()
     while True:
         start = work.clock()
         for _ in range(work.repeat):
@@ -154,7 +156,7 @@ def loras_ours(work):
     yield
     tasks = work.tasks(base.tokenizer, "train")
     items, loras = encode_gold(base, tasks), TaskLoRAs(len(tasks), base)
-    learners = [Learner([{"params": loras.of(t), "lr": 1e-4}], [task], 1, LONG) for t, task in enumerate(tasks)]
+    learners = [Learner([{"params": loras.of(t), "lr": 1e-4}], [task], 1, ROUNDS) for t, task in enumerate(tasks)]
     while True:
         start = work.clock()
         for _ in range(work.repeat):
@@ -197,7 +199,7 @@ def loras_peft(work):
 
 
 # ---------------------------------------------------------------------------------------------- evaluation: all three
-# These yield (seconds, scores): for every row log p / characters of each choice. Tokenising is timed.
+# These yield (seconds, [(task, scores) of every row]); a score is log p / characters of a choice. Tokenising is timed.
 def evaluate_ours(work):
     base = work.load()
     yield
@@ -207,7 +209,7 @@ def evaluate_ours(work):
         start = work.clock()
         log_p = score(base, None, encode(base.tokenizer, rows, list(tasks))[0], work.max_tokens)
         seconds = work.clock() - start
-        yield seconds, [[lp / len(choice) for lp, choice in zip(lps, row.choices)] for lps, row in zip(log_p, rows)]
+        yield seconds, [(row.task, [lp / len(c) for lp, c in zip(lps, row.choices)]) for lps, row in zip(log_p, rows)]
 
 
 def evaluate_portallib(work, batch_size):
@@ -227,7 +229,7 @@ def evaluate_portallib(work, batch_size):
     while True:
         evaluator.scores, start = [], work.clock()
         evaluator.evaluate(base, portallib.ChoiceDataset(examples, examples))
-        yield work.clock() - start, evaluator.scores
+        yield work.clock() - start, [(row.task, scores) for row, scores in zip(examples, evaluator.scores)]
 
 
 def evaluate_harness(work, batch_size):
@@ -255,9 +257,9 @@ def evaluate_harness(work, batch_size):
             start = work.clock()
             result = lm_eval.simple_evaluate(model=harness, tasks=built, task_manager=manager, bootstrap_iters=0)
             seconds = work.clock() - start
-        yield seconds, [[log_p[0] / len(choice) for log_p, choice in zip(sample["filtered_resps"], row.choices)]
+        yield seconds, [(task, [log_p[0] / len(c) for log_p, c in zip(answered["filtered_resps"], row.choices)])
                         for task, rows in tasks.items()
-                        for sample, row in zip(sorted(result["samples"][task], key=lambda s: s["doc_id"]), rows)]
+                        for answered, row in zip(sorted(result["samples"][task], key=lambda s: s["doc_id"]), rows)]
 
 
 @contextlib.contextmanager
@@ -265,3 +267,221 @@ def quiet():
     """The harness draws bars and logs settings."""
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         yield
+
+
+# ---------------------------------------------------------------------------------------------- taking turns
+def turn(contestant):
+    """One turn -> (seconds, what it yielded beside them)."""
+    result = next(contestant)
+    return result if isinstance(result, tuple) else (result, None)
+
+
+def take_turns(label, contestants):
+    """{name: generator} -> TURNS times {name: turn}. A first round of turns is for warming up and does not count, but
+    where each of them takes long enough (5 s) for that to make no difference."""
+    taken, warm = [], False
+    with tqdm(total=TURNS, desc=label, unit="turn", leave=False, disable=None) as bar:
+        while len(taken) < TURNS:
+            turns = {name: turn(contestant) for name, contestant in contestants.items()}
+            if warm or min(seconds for seconds, _ in turns.values()) > 5:
+                taken.append(turns)
+                bar.update()
+            warm = True
+    return taken
+
+
+def load(contestants):
+    """-> ({name: generator, loaded}, {name: why it is missing})."""
+    there, missing = {}, {}
+    for name, contestant in contestants.items():
+        try:
+            next(contestant)
+            there[name] = contestant
+        except ImportError as error:
+            missing[name] = first_sentence(error)
+    return there, missing
+
+
+def fastest(variants):
+    """{setting: generator, loaded} -> (setting, generator) of the shortest turn: a peer is measured at its best."""
+    seconds = {setting: turn(contestant)[0] for setting, contestant in variants.items()}
+    best = min(seconds, key=seconds.get)
+    return best, variants[best]
+
+
+def choose_threads(peer):
+    """On tiny tensors threads may wait for each other more than they work: all get the number that the peer does best with."""
+    turn(peer)
+    seconds = {}
+    for n in (1, torch.get_num_threads()):
+        torch.set_num_threads(n)
+        seconds[n] = min(turn(peer)[0] for _ in range(2))
+    torch.set_num_threads(min(seconds, key=seconds.get))
+
+
+def memory(device):
+    """Bytes now and at their peak, of this GPU or process. (Not ru_maxrss: a child's starts at its parent's peak.)"""
+    if device != "cpu":
+        return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+    status = dict(line.split(":") for line in pathlib.Path("/proc/self/status").read_text().splitlines())
+    return tuple(1024 * int(status[key].split()[0]) for key in ("VmRSS", "VmHWM"))
+
+
+def peak_of(contestant, work, threads):
+    """In a child: memory with the base loaded, and its peak over two turns (the second has the optimiser's state)."""
+    torch.set_num_threads(threads)
+    running = contestant(work)
+    next(running)
+    before = memory(work.device)[0]
+    next(running), next(running)
+    return before, memory(work.device)[1]
+
+
+def peak(contestant, work):
+    """peak_of in a process of its own, since a peak never goes down; None where the system does not tell."""
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(peak_of, contestant, work, torch.get_num_threads()).result()
+        except FileNotFoundError:                                                    # no /proc: not Linux
+            return None
+
+
+# ---------------------------------------------------------------------------------------------- the lines of the table
+def compare(label, work, taken, peer, target, note):
+    """A line of the table: `peer` beside ours."""
+    ratios = [turns[peer][0] / turns["ours"][0] for turns in taken]
+    seconds = {name: [round(turns[name][0], 4) for turns in taken] for name in ("ours", peer)}
+    return dict(work=label, peer=peer, ours_s=statistics.median(seconds["ours"]), peer_s=statistics.median(seconds[peer]),
+                ratio=statistics.median(ratios), ratio_min=min(ratios), ratio_max=max(ratios), target=target, note=note,
+                ours_turns=seconds["ours"], peer_turns=seconds[peer], threads=torch.get_num_threads(), device=work.device,
+                base=work.spec, dtype=str(work.dtype).removeprefix("torch."), rows_a_task=work.rows, rounds_a_turn=work.repeat,
+                max_tokens=work.max_tokens)
+
+
+def training(label, work, ours, peers, target, note, with_memory=False):
+    """Lines for `ours` beside `peers` {name: contestant}."""
+    running, missing = load({"ours": ours(work), **{name: peer(work) for name, peer in peers.items()}})
+    if work.repeat > 1 and len(running) > 1:
+        choose_threads(list(running.values())[1])
+    taken = take_turns(label, running) if len(running) > 1 else []
+    names = list(running)
+    running.clear()                                                                  # frees the bases
+    peaks = {name: peak({"ours": ours, **peers}[name], work) for name in names if with_memory and taken}
+    for name in peers:
+        if name in missing:
+            yield dict(work=label, peer=name, target=target, not_measured=missing[name])
+            continue
+        line = compare(label, work, taken, name, target, note)
+        if peaks.get("ours") and peaks.get(name):
+            line.update({f"{who}_{what}": value for who, two in (("ours", peaks["ours"]), ("peer", peaks[name]))
+                         for what, value in zip(("loaded_bytes", "peak_bytes"), two)})
+        yield line
+
+
+def evaluation(label, work):
+    """Lines for evaluation, with the rows on which a peer would choose otherwise."""
+    running, missing = load({"ours": evaluate_ours(work)})
+    for name, contestant in (("portallib", evaluate_portallib), ("lm-evaluation-harness", evaluate_harness)):
+        variants, why = load({batch: contestant(work, batch) for batch in BATCHES[torch.device(work.device).type]})
+        if variants:
+            batch, running[name] = fastest(variants)
+            running[f"{name}, batch {batch}"] = running.pop(name)
+        else:
+            missing[name] = list(why.values())[0]
+    taken = take_turns(label, running) if len(running) > 1 else []
+    for name in list(running)[1:]:
+        pairs = list(zip(taken[-1]["ours"][1], taken[-1][name][1], strict=True))
+        differ = [dict(task=task, number=k, ours=a, peer=b) for k, ((task, a), (_, b)) in enumerate(pairs)
+                  if a.index(max(a)) != b.index(max(b))]
+        furthest = max(abs(x - y) for (_, a), (_, b) in pairs for x, y in zip(a, b))
+        note = f"same choice on {len(pairs) - len(differ)} of {len(pairs)} rows; scores differ by at most {furthest:.1e}"
+        yield dict(compare(label, work, taken, name, 2.5 if "portallib" in name else 2.0, note), differ=differ)
+    for name, why in missing.items():
+        yield dict(work=label, peer=name, target=None, not_measured=why)
+
+
+PORTAL = ("the same rows, tokens, sizes, core without LayerNorm, one clip and AdamW step; portallib tokenises each round anew, "
+          "ours beforehand")
+PEFT = "the same rows and tokens, rank 16, all seven projections, a clip and a fused AdamW step a task"
+
+
+def plan(args):
+    """The lines of the table in order: (label, generator of lines)."""
+    cuda = args.device != "cpu"
+    toy = Work("toy-qwen-m", ROOT / "toy" / "data", args.device, args.dtype, preset(["toy-qwen-m"])["max_tokens"], repeat=3)
+    real = Work(args.gpu_base if cuda else args.base, args.data, args.device, args.dtype,
+                args.max_tokens or preset([])["max_tokens"])
+    portallib, more = {"portallib": train_portallib}, {"portallib, its checkpointing off": train_portallib_plain}
+    peft = {"PEFT": loras_peft}
+    def line(what, work, lines, *rest):
+        label = f"{what}, {pathlib.Path(work.spec).name}"
+        return label, lines(label, work, *rest)
+    yield line("training round", toy, training, train_ours, {**portallib, **more}, 5.0, PORTAL)
+    yield line("training round", real, training, train_ours, {**portallib, **({} if args.quick else more)},
+               4.0 if cuda else 1.5, PORTAL, True)
+    if not cuda:
+        label = f"training round, {args.gpu_base}, bfloat16 on a GPU"
+        yield label, iter([dict(work=label, peer="portallib", target=4.0, not_measured="this run is on a CPU")])
+    yield line("LoRA round", toy, training, loras_ours, peft, 4.0, PEFT)
+    yield line("LoRA round", real, training, loras_ours, peft, 4.0 if cuda else 1.3, PEFT, cuda)
+    yield line("evaluation", real._replace(rows=EVAL_ROWS[args.quick]), evaluation)
+
+
+# ---------------------------------------------------------------------------------------------- the report
+def cells(line):
+    """A line of the table as text."""
+    target = f">= {line['target']}" if line["target"] else "-"
+    if "not_measured" in line:
+        return [line["work"], "-", line["peer"], "-", "not measured: " + line["not_measured"], target, "-", "-"]
+    gib, used = 2 ** 30, "-"
+    if "ours_peak_bytes" in line:
+        ours, peer = (line[f"{who}_peak_bytes"] - line[f"{who}_loaded_bytes"] for who in ("ours", "peer"))
+        used = (f"ours {ours / gib:.2f} GiB, peer {peer / gib:.2f} ({ours / peer:.2f}x) above the loaded base; in all "
+                f"{line['ours_peak_bytes'] / gib:.2f}, {line['peer_peak_bytes'] / gib:.2f}")
+    ratio = f"{line['ratio']:.2f} [{line['ratio_min']:.2f}..{line['ratio_max']:.2f}]"
+    return [line["work"], f"{line['ours_s']:.3g}", line["peer"], f"{line['peer_s']:.3g}", ratio, target, used,
+            f"{line['threads']} threads, {line['dtype']}, {line['rows_a_task']} rows a task; {line['note']}"]
+
+
+def write_report(path, lines, args, threads):
+    """<path>.jsonl, a line a comparison, and <path>.md, the table."""
+    peers = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("transformers", "portallib", "peft", "lm_eval") if
+                      importlib.util.find_spec(p))
+    head = dict(hardware=hardware(), threads=threads, peers=peers, date=today(), command=shlex.join(["python", *sys.argv]))
+    table = [["work", "ours, s", "peer", "peer, s", "peer / ours [min..max]", "target", "peak memory", "held equal"]]
+    table += [["---"] * 8] + [cells(line) for line in lines]
+    differ = [f"- {line['work']}, {line['peer']}: row {d['number']} ({d['task']}): ours {d['ours']}, peer {d['peer']}"
+              for line in lines for d in line.get("differ", ())]
+    text = [f"# Benchmark on {args.device}", "", *(f"- {key}: {value}" for key, value in head.items()), "",
+            f"Seconds: median of {TURNS} turns, taken in alternation. A ratio is that of two neighbouring turns.", "",
+            *("| " + " | ".join(row) + " |" for row in table), *(["", "Rows with another choice:", *differ] if differ else [])]
+    write_whole(path.with_suffix(".md"), lambda p: p.write_text("\n".join(text) + "\n"))
+    write_whole(path.with_suffix(".jsonl"), lambda p: p.write_text("".join(json.dumps({**head, **l}) + "\n" for l in lines)))
+
+
+def main(argv=None):
+    args = parse(__doc__, "quick data base gpu-base device dtype max-tokens out", argv,
+                 quick=dict(action="store_true", help="few evaluation rows, no second setting of portallib on the real base"),
+                 data=dict(default=ROOT / "data"),
+                 base=dict(default="smollm2-135m", metavar="A", help="the real base on a CPU (named like train.py --bases)"),
+                 gpu_base=dict(default="qwen2.5-coder-0.5b", metavar="A", help="the real base on a GPU"),
+                 out=dict(type=pathlib.Path, default=ROOT / "results", metavar="DIR", help="folder of bench-<device>.md, .jsonl"))
+    threads, lines = torch.get_num_threads(), []
+    path = args.out / f"bench-{torch.device(args.device).type}.md"
+    for label, group in plan(args):
+        print(f"{label} ...", flush=True)
+        torch.set_num_threads(threads)
+        before = len(lines)
+        try:
+            for line in group:
+                lines.append(line)
+        except (BadInput, OSError) as error:                                         # no tasks here, no such base
+            lines.append(dict(work=label, peer="-", target=None, not_measured=first_sentence(error)))
+        for line in lines[before:]:
+            print("  " + " | ".join(cells(line)[1:]), flush=True)
+        write_report(path, lines, args, threads)
+    print(f"table: {path}")
+
+
+if __name__ == "__main__":
+    run_main(main)

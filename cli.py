@@ -115,10 +115,10 @@ FLAGS = {  # one meaning everywhere; a default of None means "the preset below" 
 
 
 def parse(description, names, argv=None, **changes):
-    """Parse the shared flags `names` (spelled as on the command line); `changes` overrides one flag's settings."""
+    """Parse the flags `names` (spelled as on the command line); `changes` overrides a shared flag or describes its own."""
     parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in names.split():
-        parser.add_argument("--" + name, **{**FLAGS[name], **changes.get(name.replace("-", "_"), {})})
+        parser.add_argument("--" + name, **{**FLAGS.get(name, {}), **changes.get(name.replace("-", "_"), {})})
     args = parser.parse_args(argv)
     if "dtype" in args:
         args.dtype = getattr(torch, args.dtype or ("float32" if args.device.startswith("cpu") else "bfloat16"))
