@@ -9,7 +9,8 @@
     evaluation   the log-probability of every choice on the bare base      beside portallib and lm-evaluation-harness
 
 A contestant is a generator: the first next() loads its base, every other one does the work once and yields the seconds.
-After one untimed turn each, they take turns; a ratio is peer / ours of one turn, and the table has the median of all.
+They take turns (short ones: after a first that does not count). A ratio is peer / ours of one turn; the table has the
+median of all and, in brackets, the range.
 Needs requirements-bench.txt; where a peer, the tasks or the base are missing, the table says "not measured" and why.
 """
 import concurrent.futures, contextlib, importlib.metadata, importlib.util, io, itertools, json, logging, multiprocessing, os
@@ -223,7 +224,8 @@ def evaluate_portallib(work, batch_size):
 
     model, tokenizer = work.load_plain()
     yield
-    base, evaluator = portallib.PortalBase(work.spec, model, tokenizer), Evaluator(max_prompt=MAX_PROMPT, batch_size=batch_size)
+    base = portallib.PortalBase(work.spec, model, tokenizer)
+    evaluator = Evaluator(max_prompt=MAX_PROMPT, batch_size=batch_size)
     examples = [portallib.ChoiceExample(row.task, row.prompt, tuple(row.choices), row.gold)
                 for rows in work.tasks(tokenizer, "eval").values() for row in rows]
     while True:
@@ -310,7 +312,7 @@ def fastest(variants):
 
 
 def choose_threads(peer):
-    """On tiny tensors threads may wait for each other more than they work: all get the number that the peer does best with."""
+    """On tiny tensors threads may wait for each other more than they work: all get the number that suits the peer best."""
     turn(peer)
     seconds = {}
     for n in (1, torch.get_num_threads()):
@@ -350,12 +352,11 @@ def peak(contestant, work):
 def compare(label, work, taken, peer, target, note):
     """A line of the table: `peer` beside ours."""
     ratios = [turns[peer][0] / turns["ours"][0] for turns in taken]
-    seconds = {name: [round(turns[name][0], 4) for turns in taken] for name in ("ours", peer)}
-    return dict(work=label, peer=peer, ours_s=statistics.median(seconds["ours"]), peer_s=statistics.median(seconds[peer]),
-                ratio=statistics.median(ratios), ratio_min=min(ratios), ratio_max=max(ratios), target=target, note=note,
-                ours_turns=seconds["ours"], peer_turns=seconds[peer], threads=torch.get_num_threads(), device=work.device,
-                base=work.spec, dtype=str(work.dtype).removeprefix("torch."), rows_a_task=work.rows, rounds_a_turn=work.repeat,
-                max_tokens=work.max_tokens)
+    ours, theirs = ([turns[name][0] / work.repeat for turns in taken] for name in ("ours", peer))
+    return dict(work=label, peer=peer, ours_s=statistics.median(ours), peer_s=statistics.median(theirs), ours_turns=ours,
+                peer_turns=theirs, ratio=statistics.median(ratios), ratio_min=min(ratios), ratio_max=max(ratios),
+                target=target, note=note, threads=torch.get_num_threads(), rows_a_task=work.rows, rounds_a_turn=work.repeat,
+                base=work.spec, device=work.device, dtype=str(work.dtype).split(".")[1], max_tokens=work.max_tokens)
 
 
 def training(label, work, ours, peers, target, note, with_memory=False):
@@ -400,9 +401,8 @@ def evaluation(label, work):
         yield dict(work=label, peer=name, target=None, not_measured=why)
 
 
-PORTAL = ("the same rows, tokens, sizes, core without LayerNorm, one clip and AdamW step; portallib tokenises each round anew, "
-          "ours beforehand")
-PEFT = "the same rows and tokens, rank 16, all seven projections, a clip and a fused AdamW step a task"
+PORTAL = "core without LayerNorm, sizes, gradient clip, AdamW; portallib tokenises in every round, ours before the first"
+PEFT = "rank 16, all seven projections, gradient clip, fused AdamW"
 
 
 def plan(args):
@@ -440,7 +440,8 @@ def cells(line):
                 f"{line['ours_peak_bytes'] / gib:.2f}, {line['peer_peak_bytes'] / gib:.2f}")
     ratio = f"{line['ratio']:.2f} [{line['ratio_min']:.2f}..{line['ratio_max']:.2f}]"
     return [line["work"], f"{line['ours_s']:.3g}", line["peer"], f"{line['peer_s']:.3g}", ratio, target, used,
-            f"{line['threads']} threads, {line['dtype']}, {line['rows_a_task']} rows a task; {line['note']}"]
+            f"threads {line['threads']}, {line['dtype']}, the same {line['rows_a_task']} rows a task and their tokens; "
+            f"{line['note']} (ours: --max-tokens {line['max_tokens']})"]
 
 
 def write_report(path, lines, args, threads):
@@ -454,18 +455,19 @@ def write_report(path, lines, args, threads):
               for line in lines for d in line.get("differ", ())]
     text = [f"# Benchmark on {args.device}", "", *(f"- {key}: {value}" for key, value in head.items()), "",
             f"Seconds: median of {TURNS} turns, taken in alternation. A ratio is that of two neighbouring turns.", "",
-            *("| " + " | ".join(row) + " |" for row in table), *(["", "Rows with another choice:", *differ] if differ else [])]
+            *("| " + " | ".join(row) + " |" for row in table), "", "Rows with another choice:", "", *(differ or ["none"])]
     write_whole(path.with_suffix(".md"), lambda p: p.write_text("\n".join(text) + "\n"))
-    write_whole(path.with_suffix(".jsonl"), lambda p: p.write_text("".join(json.dumps({**head, **l}) + "\n" for l in lines)))
+    rows = "".join(json.dumps({**head, **line}) + "\n" for line in lines)
+    write_whole(path.with_suffix(".jsonl"), lambda p: p.write_text(rows))
 
 
 def main(argv=None):
     args = parse(__doc__, "quick data base gpu-base device dtype max-tokens out", argv,
-                 quick=dict(action="store_true", help="few evaluation rows, no second setting of portallib on the real base"),
+                 quick=dict(action="store_true", help="few evaluation rows; on the real base, portallib as it comes only"),
                  data=dict(default=ROOT / "data"),
-                 base=dict(default="smollm2-135m", metavar="A", help="the real base on a CPU (named like train.py --bases)"),
+                 base=dict(default="smollm2-135m", metavar="A", help="the real base on a CPU"),
                  gpu_base=dict(default="qwen2.5-coder-0.5b", metavar="A", help="the real base on a GPU"),
-                 out=dict(type=pathlib.Path, default=ROOT / "results", metavar="DIR", help="folder of bench-<device>.md, .jsonl"))
+                 out=dict(type=pathlib.Path, default=ROOT / "results", metavar="DIR", help="where the table goes"))
     threads, lines = torch.get_num_threads(), []
     path = args.out / f"bench-{torch.device(args.device).type}.md"
     for label, group in plan(args):
