@@ -117,6 +117,28 @@ def save_states(learners, epochs, save):
     save(final=False)
 
 
+def one_round(bases, generate, learners, items, max_tokens, running=None, z=None):
+    """The gradients of all tasks on all bases, then a step of every learner. items {base name: its rows of this round};
+    running {base name: EMA}, if losses are divided by their mean; z: see `fit`. -> losses [bases, T], on the device."""
+    z_gradients, losses = [], []
+    for base in bases:
+        adapters = generate(base.name)
+        found, gradients = task_gradients(base, adapters, items[base.name], max_tokens)
+        losses.append(found)
+        if running:
+            weights = running[base.name].weights(found).view(-1, 1, 1, 1)            # [T, 1, 1, 1]
+            gradients = [weights * g for g in gradients]
+        torch.autograd.backward(adapters.tensors(), gradients)
+        if z is not None:                                                            # each base's pull on z, apart
+            z_gradients.append(z.grad)
+            z.grad = None
+    if z is not None:
+        z.grad = balance(z_gradients)
+    for learner in learners:
+        learner.step()
+    return torch.stack(losses)
+
+
 def rounds_of(rows, batch_size):
     return -(-len(rows) // batch_size)
 
@@ -152,30 +174,15 @@ def fit(what, bases, generate, learners, rows, *, epochs, batch_size, max_tokens
             done += 1
             active = [learner for learner in learners if k < learner.rounds]
             now = [task for learner in active for task in learner.tasks]
-            z_gradients, all_losses = [], []
-            for base in bases:
-                items = [item for task in now for item in cycles[base.name, task].next()]
-                adapters = generate(base.name)
-                losses, gradients = task_gradients(base, adapters, items, max_tokens)
-                all_losses.append(losses)
-                if ema:
-                    weights = running[base.name].weights(losses).view(-1, 1, 1, 1)   # [T, 1, 1, 1]
-                    gradients = [weights * g for g in gradients]
-                torch.autograd.backward(adapters.tensors(), gradients)
-                if z is not None:                                                    # each base's pull on z, apart
-                    z_gradients.append(z.grad)
-                    z.grad = None
-                n_tokens += sum(item.length() for item in items)
-            if z is not None:
-                z.grad = balance(z_gradients)
-            for learner in active:
-                learner.step()
-            for learner in learners:
+            items = {base.name: [item for task in now for item in cycles[base.name, task].next()] for base in bases}
+            losses = one_round(bases, generate, active, items, max_tokens, running if ema else None, z)
+            for learner in learners:                                                 # a task without rows has gradients, too: 0
                 learner.optimizer.zero_grad()
-            all_losses = torch.stack(all_losses).cpu()                               # [bases, T]; the one wait for the device
-            for base, losses in zip(bases, all_losses):
-                check(losses, "", base)
-            round_loss = float(all_losses.sum()) / len(now) / len(bases)
+            losses = losses.cpu()                                                    # [bases, T]; the one wait for the device
+            for base, own in zip(bases, losses):
+                check(own, "", base)
+            round_loss = float(losses.sum()) / len(now) / len(bases)
+            n_tokens += sum(item.length() for base in bases for item in items[base.name])
             total_loss += round_loss
             bar.update()
             bar.set_postfix(loss=f"{round_loss:.3f}", tok_s=int(n_tokens / (time.time() - start)))

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cli import BadInput
 from data import Cycle, Item, Row, encode, micro_batches
 from portal import Converter
-from train import EMA, Learner, balance, fit, portal_learner, task_gradients
+from train import EMA, Learner, balance, fit, one_round, portal_learner, task_gradients
 
 
 def some_items(seed=0):
@@ -137,12 +137,7 @@ def test_a_round_never_waits_for_the_device(architecture):
     portal = make_portal(base)
     learner = portal_learner(portal, small_rows(), 1, 1, 1e-3)
     with Waits():
-        adapters = portal.adapters("tiny")
-        losses, gradients = task_gradients(base, adapters, some_items(), 40)
-        weights = EMA().weights(losses).view(-1, 1, 1, 1)
-        torch.autograd.backward(adapters.tensors(), [weights * g for g in gradients])
-        portal.z.grad = balance([portal.z.grad])
-        learner.step()
+        one_round([base], portal.adapters, [learner], {"tiny": some_items()}, 40, {"tiny": EMA()}, portal.z)
 
 
 def test_recomputed_layers_give_the_same_gradients():
