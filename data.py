@@ -189,19 +189,19 @@ class Batch(NamedTuple):
 def collate(items, device="cpu"):
     """Items -> Batch. A row is its prompt, once, then every continuation behind it; a mask (Base.tree) keeps
     them apart. The prompt's last position predicts the first token of all of them, so its logits are read once."""
-    R, S = len(items), max(item.length() for item in items)
-    ids, positions = torch.zeros(R, S, dtype=torch.long), torch.zeros(R, S, dtype=torch.long)
-    segments = torch.full((R, S), -1)
+    S = max(item.length() for item in items)
+    ids, positions, segments = [], [], []                                            # [R][S] each
     rows, columns, source, target, owner, row_of, count = [], [], [], [], [], [], 0
     for r, item in enumerate(items):
         P = end = len(item.prompt)
-        ids[r, :P], positions[r, :P], segments[r, :P] = torch.tensor(item.prompt), torch.arange(P), 0
+        padding, own_ids, own_positions, own_segments = S - item.length(), [*item.prompt], [*range(P)], [0] * P
         fork = len(rows)
         rows.append(r), columns.append(P - 1)
         for k, tokens in enumerate(item.continuations, 1):
             start, end = end, end + len(tokens)
-            ids[r, start:end], segments[r, start:end] = torch.tensor(tokens), k
-            positions[r, start:end] = torch.arange(P, P + len(tokens))
+            own_ids += tokens
+            own_positions += range(P, P + len(tokens))
+            own_segments += [k] * len(tokens)
             source += [fork, *range(len(rows), len(rows) + len(tokens) - 1)]
             rows += [r] * (len(tokens) - 1)
             columns += range(start, end - 1)
@@ -209,11 +209,14 @@ def collate(items, device="cpu"):
             owner += [count] * len(tokens)
             row_of += [r] * len(tokens)
             count += 1
+        ids.append(own_ids + [0] * padding)
+        positions.append(own_positions + [0] * padding)
+        segments.append(own_segments + [-1] * padding)
     def tensor(values):
         return to_device(torch.tensor(values), device)
     single = all(len(item.continuations) == 1 for item in items)
-    return Batch(items, tensor([item.task for item in items]), to_device(ids, device), to_device(positions, device),
-                 None if single else to_device(segments, device), (tensor(rows), tensor(columns)),
+    return Batch(items, tensor([item.task for item in items]), tensor(ids), tensor(positions),
+                 None if single else tensor(segments), (tensor(rows), tensor(columns)),
                  tensor(source), tensor(target), tensor(owner), tensor(row_of))
 
 

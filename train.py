@@ -93,7 +93,7 @@ class Learner:
             self.optimizer, lambda k: min((k + 1) / warm, (total - k) / max(1, total - warm)))
 
     def step(self):
-        torch.nn.utils.clip_grad_norm_(self.params, 1.0)
+        torch.nn.utils.clip_grad_norm_(self.params, 1.0, foreach=True)
         self.optimizer.step()
         self.schedule.step()
 

@@ -72,7 +72,8 @@ def shrink(x, A, task, scale):
 
 
 def shrink_torch(x, A, task, scale):
-    return scale * torch.bmm(x, A.to(x.dtype).index_select(0, task).transpose(1, 2))
+    A = A.to(x.dtype).index_select(0, task)                                          # [R, r, D]
+    return torch.baddbmm(x.new_zeros(1), x, A.transpose(1, 2), beta=0, alpha=scale)
 
 
 @jit
