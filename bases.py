@@ -109,6 +109,17 @@ class Base:
         """The frozen weight W [d_out, d_in] of module kind m."""
         return self.linears[layer][m].weight
 
+    def paths(self):
+        """{(m, layer): dotted path of that projection in the model}, in the model's order."""
+        return {(part.kind, part.layer): path for path, part in self.model.named_modules() if isinstance(part, Adapted)}
+
+    def unpatch(self):
+        """The model as transformers loaded it: its own projections and head are put back. This Base is done with."""
+        for (m, layer), path in self.paths().items():
+            self.model.set_submodule(path, self.linears[layer][m])
+        self.model.set_output_embeddings(self.model.get_output_embeddings().head)
+        return self.model
+
     def logits(self, batch, adapters=None):
         """Logits [N, vocabulary] at the N positions of `batch` (data.collate) that predict a continuation's token.
 

@@ -1,4 +1,4 @@
-"""What the three commands share: bad input as one clear line, the flags, files written whole, the run folder.
+"""What the commands share: bad input as one clear line, the flags, files written whole, the run folder.
 
 Nothing here is about the method; portal.py is the place to start reading.
 """
@@ -110,6 +110,10 @@ FLAGS = {  # one meaning everywhere; a default of None means "the preset below" 
     "dtype": dict(choices=["float32", "bfloat16", "float16"], help="of the frozen base (CPU: float32, GPU: bfloat16)"),
     "max-tokens": dict(type=positive(int), help="token budget of a micro-batch, padding included"),
     "eval-rows": dict(type=positive(int), help="evaluation rows a task, a seeded random sample (default: all)"),
+    "task": dict(metavar="TASK", help="the task, or 'all'"),
+    "method": dict(choices=["portal", "lora", "cross_lora", "copy", "random"], default="portal", help="whose adapters"),
+    "merge": dict(action="store_true", help="write the whole model with the adapter in its weights (stored as --dtype)"),
+    "out": dict(type=pathlib.Path, metavar="DIR", help="the folder to write"),
     "overwrite": dict(action="store_true", help="replace what the run folder already holds"),
 }
 
