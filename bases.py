@@ -48,6 +48,14 @@ def resolve(spec):
                    "a Hugging Face model folder or a .gguf file")
 
 
+def lasting(spec):
+    """How provenance names a base: an alias of the toy, a hub id, or a path that outlives a cd."""
+    _, where, _, gguf = resolve(spec)
+    if spec in TOY:
+        return spec
+    return str(pathlib.Path(where, gguf or "").resolve()) if pathlib.Path(where).is_dir() else where
+
+
 # ---------------------------------------------------------------------------------------------- the patched projections
 class Adapted(nn.Module):
     """W x + scale B_t A_t x, with the A, B and task that its base holds `live` during a forward pass."""
@@ -195,9 +203,7 @@ def load_base(spec, device="cpu", dtype=torch.float32):
     except Exception as error:                                                       # whatever the loader meets in a folder
         raise BadInput(f"base {spec!r} could not be loaded from {where}: {first_sentence(error)}")
     revision = getattr(model.config, "_commit_hash", None) or revision
-    if spec in TOY or pathlib.Path(where).is_dir():                                  # an alias, or a path that outlives a cd
-        where = spec if spec in TOY else str(pathlib.Path(where, gguf or "").resolve())
-    return Base(model.to(device), tokenizer, name, where, revision)
+    return Base(model.to(device), tokenizer, name, lasting(spec), revision)
 
 
 def short_names(specs):

@@ -110,6 +110,8 @@ FLAGS = {  # one meaning everywhere; a default of None means "the preset below" 
     "dtype": dict(choices=["float32", "bfloat16", "float16"], help="of the frozen base (CPU: float32, GPU: bfloat16)"),
     "max-tokens": dict(type=positive(int), help="token budget of a micro-batch, padding included"),
     "eval-rows": dict(type=positive(int), help="evaluation rows a task, a seeded random sample (default: all)"),
+    "artifact": dict(type=pathlib.Path, metavar="DIR", help="a portallib artifact to read: config.json, model.safetensors"),
+    "ported": dict(action="store_true", help="the artifact is a refit: its base counts as unseen"),
     "task": dict(metavar="TASK", help="the task, or 'all'"),
     "method": dict(choices=["portal", "lora", "cross_lora", "copy", "random"], default="portal", help="whose adapters"),
     "merge": dict(action="store_true", help="write the whole model with the adapter in its weights (stored as --dtype)"),

@@ -6,7 +6,7 @@
 
 A generated adapter is an ordinary LoRA. What reads LoRA folders or Hugging Face models reads these, without this project.
 """
-import pathlib
+import json, pathlib
 
 import torch
 
@@ -15,7 +15,7 @@ from cli import BadInput, find_run, first_sentence, new_folder, parse, read_json
 from eval import adapters_of, read_results
 from portal import load_config, save_tensors
 
-MARK = "Written by PorTAL's export.py"  # in every model card, so that --overwrite replaces nothing else
+MARK = "Exported by PorTAL"  # in every model card, so that --overwrite replaces nothing else
 
 
 # ---------------------------------------------------------------------------------------------- what the run holds
@@ -67,15 +67,17 @@ def measured(run, p, method, task):
     return f"{row['acc_norm']:.3f} on {row['rows']} evaluation rows"
 
 
-def card(run, p, method, task, library, what, use):
+def card(run, p, method, tasks, library, what, use):
     """A model card: where this comes from, how well it does, how it is loaded."""
-    facts = {"task": task, "base": origin(p), "revision of the base": p["revision"], "method": method,
-             "run": run.resolve().name, "base seen in training": "no, ported to" if p["ported"] else "yes",
-             "training rows a task (n)": p["n"], "seed": p["seed"], "fitted": p["date"],
-             "acc_norm": measured(run, p, method, task), "acc_norm of the bare base": measured(run, p, "base", task)}
+    facts = {"base": origin(p), "revision of the base": p["revision"], "base seen in training": "no" if p["ported"] else "yes",
+             "method": method, "run": run.resolve().name, "training rows a task (n)": p["n"], "seed": p["seed"],
+             "fitted": p["date"]}
+    for task in tasks:
+        facts[f"acc_norm of {task}"] = measured(run, p, method, task)
+        facts[f"the bare base's on {task}"] = measured(run, p, "base", task)
     table = "\n".join(f"| {key} | {'not recorded' if value is None else value} |" for key, value in facts.items())
-    return (f"---\nbase_model: {origin(p)}\nlibrary_name: {library}\ntags:\n- lora\n- portal\n---\n\n"
-            f"# {task} on {p['base']}\n\n{what} {MARK}.\n\n| | |\n|---|---|\n{table}\n\n```python\n{use}\n```\n")
+    return (f"---\nbase_model: {json.dumps(origin(p))}\nlibrary_name: {library}\ntags:\n- lora\n- portal\n---\n\n"
+            f"# {', '.join(tasks)} on {p['base']}\n\n{what} {MARK}.\n\n| | |\n|---|---|\n{table}\n\n```python\n{use}\n```\n")
 
 
 # ---------------------------------------------------------------------------------------------- the two forms
@@ -149,12 +151,12 @@ def main(argv=None):
             t = cfg.tasks.index(task)
             if args.merge:
                 save_merged(new, model, base, adapters, t)
-                text = card(run, p, args.method, task, "transformers", "A LoRA, merged into its base.",
+                text = card(run, p, args.method, [task], "transformers", "A LoRA, merged into its base.",
                             "from transformers import AutoModelForCausalLM\n\n"
                             'model = AutoModelForCausalLM.from_pretrained("this folder")')
             else:
                 save_peft(new, base, p, adapters, t)
-                text = card(run, p, args.method, task, "peft", "A LoRA in PEFT's format.",
+                text = card(run, p, args.method, [task], "peft", "A LoRA in PEFT's format.",
                             "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
                             f'model = PeftModel.from_pretrained({load}, "this folder")')
             (new / "README.md").write_text(text)

@@ -117,9 +117,9 @@ def test_the_card_says_what_was_measured(tmp_path):
                                                  acc_norm=accuracy, log_loss=1.0, rows=40))
     assert command(export, "--run", run, "--to", "tiny", "--task", "all", "--out", tmp_path / "out") == 0
     cards = {task: (tmp_path / "out" / task / "README.md").read_text() for task in TASKS}
-    assert "| acc_norm | 0.750 on 40 evaluation rows |" in cards["one"] and "bare base | 0.250 on 40" in cards["one"]
-    assert "| acc_norm | not measured |" in cards["two"]
-    for fact in (f"base_model: {where}", "| run | run |", "| seed | 0 |", "(n) | 8 |", "| method | portal |", "| task | two |"):
+    assert "| acc_norm of one | 0.750 on 40 evaluation rows |" in cards["one"] and "on one | 0.250 on 40" in cards["one"]
+    assert "| acc_norm of two | not measured |" in cards["two"]
+    for fact in ("# two on tiny", "| run | run |", "| seed | 0 |", "(n) | 8 |", "| method | portal |"):
         assert fact in cards["two"]
     assert huggingface_hub.ModelCard.load(tmp_path / "out" / "one" / "README.md").data.base_model == str(where)
 
