@@ -126,6 +126,9 @@ class Base:
         for (m, layer), path in self.paths().items():
             self.model.set_submodule(path, self.linears[layer][m])
         self.model.set_output_embeddings(self.model.get_output_embeddings().head)
+        quantizer = getattr(self.model, "hf_quantizer", None)
+        if quantizer is not None:                                                    # a .gguf file: its weights were
+            quantizer.remove_quantization_config(self.model)                         # dequantised when they were loaded
         return self.model
 
     def logits(self, batch, adapters=None):
