@@ -69,7 +69,7 @@ def measured(run, p, method, task):
 
 def card(run, p, method, tasks, library, what, use):
     """A model card: where this comes from, how well it does, how it is loaded."""
-    facts = {"base": origin(p), "revision of the base": p["revision"], "base seen in training": "no" if p["ported"] else "yes",
+    facts = {"base": origin(p), "revision of the base": p["revision"], "seen in training": "no" if p["ported"] else "yes",
              "method": method, "run": run.resolve().name, "training rows a task (n)": p["n"], "seed": p["seed"],
              "fitted": p["date"]}
     for task in tasks:
@@ -77,7 +77,8 @@ def card(run, p, method, tasks, library, what, use):
         facts[f"the bare base's on {task}"] = measured(run, p, "base", task)
     table = "\n".join(f"| {key} | {'not recorded' if value is None else value} |" for key, value in facts.items())
     return (f"---\nbase_model: {json.dumps(origin(p))}\nlibrary_name: {library}\ntags:\n- lora\n- portal\n---\n\n"
-            f"# {', '.join(tasks)} on {p['base']}\n\n{what} {MARK}.\n\n| | |\n|---|---|\n{table}\n\n```python\n{use}\n```\n")
+            f"# {', '.join(tasks)} on {p['base']}\n\n{what} {MARK}.\n\n"
+            f"| | |\n|---|---|\n{table}\n\n```python\n{use}\n```\n")
 
 
 # ---------------------------------------------------------------------------------------------- the two forms

@@ -137,7 +137,7 @@ def write(args):
     run = find_run(args.run)
     _, cfg = load_config(run)
     if cfg.norm != "none":
-        raise BadInput(f"{run}: a portallib artifact has no LayerNorm in its trunk and this run has (norm is {cfg.norm!r}); "
+        raise BadInput(f"{run}: its trunk has LayerNorm (norm is {cfg.norm!r}) and a portallib artifact's has none; "
                        "python train.py --norm none trains one that can be written")
     tag, p = held(run, args.to)
     check_free(args.out, args.overwrite)

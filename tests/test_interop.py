@@ -19,7 +19,7 @@ portallib = pytest.importorskip("portallib")
 
 def save_artifact(folder, where, architecture, modules, shared=None, layer_path="model.layers", **changes):
     """A portallib artifact with random weights on the base in `where`; `shared`: another one's latents and core."""
-    sizes = dict(rank=SIZES["rank"], alpha=6, d_z=SIZES["d_z"], d_layer=SIZES["d_e"], hidden=SIZES["hidden"], d_core=SIZES["d_c"])
+    sizes = {**{theirs: SIZES[ours] for ours, theirs in interop.SIZES.items()}, "alpha": 6}
     config = portallib.PortalConfig.from_model(tiny_model(architecture), tasks=TASKS, base_model_name_or_path=str(where),
                                                modules=modules, layer_path=layer_path, **{**sizes, **changes})
     model = portallib.PortalModel(config, torch.zeros(len(TASKS), config.d_z))
@@ -55,26 +55,42 @@ def test_two_artifacts_become_one_run_and_go_back_bit_for_bit(world, modules):
         assert_same_factors(world / "R", name, world / name, model)
         assert command(interop, "--run", "R", "--to", name, "--out", f"back/{name}") == 0
         assert portallib.PortalModel.from_pretrained(world / "back" / name).config == model.config
-        before, after = load_file(world / name[-1].upper() / "model.safetensors"), load_file(world / "back" / name / "model.safetensors")
+        before, after = (load_file(world / folder / "model.safetensors") for folder in (name[-1].upper(), f"back/{name}"))
         assert set(before) == set(after) and all(torch.equal(before[k], after[k]) for k in before)
     saved = read_json(world / "R" / "portal.json")
     assert [b["base"] for b in saved["bases"]] == ["base-a"] and read_json(world / "R/converters/base-c.json")["ported"]
 
 
 @pytest.mark.parametrize("modules", [("q", "v"), MODULES])
-@pytest.mark.parametrize("architecture,layer_path", [("llama", "model.layers"), ("gemma3-multimodal", "model.language_model.layers")])
+@pytest.mark.parametrize("architecture,layer_path", [("llama", "model.layers"),
+                                                     ("gemma3-multimodal", "model.language_model.layers")])
 def test_a_run_becomes_an_artifact_and_comes_back(tmp_path, modules, architecture, layer_path):
     run, where = make_run(tmp_path, save_tiny(tmp_path / "tiny", architecture), modules, norm="none")
     assert command(interop, "--run", run, "--to", "tiny", "--out", tmp_path / "artifact") == 0
     model = portallib.PortalModel.from_pretrained(tmp_path / "artifact")
     assert_same_factors(run, "tiny", where, model)
-    assert model.config == portallib.PortalConfig.from_model(                        # what portallib itself finds in the base
+    assert model.config == portallib.PortalConfig.from_model(                        # what portallib finds in the base
         tiny_model(architecture), tasks=TASKS, base_model_name_or_path=str(where), modules=modules, layer_path=layer_path,
         **{key: getattr(model.config, key) for key in ("rank", "alpha", "d_z", "d_layer", "hidden", "d_core")})
     assert command(interop, "--artifact", tmp_path / "artifact", "--run", tmp_path / "again") == 0
     first, second = load_portal(run, ["tiny"]), load_portal(tmp_path / "again", ["tiny"])
     for get in (lambda p: {"z": p.z}, lambda p: p.core.state_dict(), lambda p: p.converters["tiny"].state_dict()):
-        assert get(first).keys() == get(second).keys() and all(torch.equal(get(first)[k], get(second)[k]) for k in get(first))
+        one, two = get(first), get(second)
+        assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_groups_may_have_any_name(world):
+    model = save_artifact(world / "A", world / "base-a", "qwen3", ("q", "v"))
+    def rename(config):
+        for target in config["projection_targets"]:
+            target["input_group"], target["output_group"] = f"into_{target['module_name']}", f"from_{target['module_name']}"
+    def move(tensors):
+        for m in "qv":
+            tensors[f"alignment.input.into_{m}"] = tensors.pop(f"alignment.input.{m}")
+            tensors[f"alignment.output.from_{m}"] = tensors.pop(f"alignment.output.{m}")
+    change(world / "A", rename, move)
+    assert command(interop, "--artifact", "A", "--run", "R") == 0
+    assert_same_factors(world / "R", "base-a", world / "base-a", model)
 
 
 def test_a_run_that_was_read_is_a_run(world, capsys):
@@ -93,11 +109,13 @@ def test_a_run_that_was_read_is_a_run(world, capsys):
     fails(["interop.py", "--n", "--seed", "--data"], evaluation, *quick)
     fails(["--seed and --data are needed"], port, *quick, "--to", "./base-b", "--n", "4")
     fails(["already holds base-a", "--overwrite"], interop, "--artifact", "A", "--run", "R")
-    assert command(interop, "--artifact", "A", "--run", "R", "--overwrite", "--n", "8", "--seed", "0", "--data", "data") == 0
+    known = ["--n", "8", "--seed", "0", "--data", "data"]
+    assert command(interop, "--artifact", "A", "--run", "R", "--overwrite", *known) == 0
     assert command(port, *quick, "--to", "./base-b", "--n", "4") == 0
     assert command(evaluation, *quick) == 0
     rows = [json.loads(line) for line in (world / "R" / "results.jsonl").read_text().splitlines()]
-    assert {(r["base"], r["role"], r["n"]) for r in rows if r["method"] == "portal"} == {("base-a", "seen", 8), ("base-b", "unseen", 4)}
+    roles = {(r["base"], r["role"], r["n"]) for r in rows if r["method"] == "portal"}
+    assert roles == {("base-a", "seen", 8), ("base-b", "unseen", 4)}
     assert command(export, "--run", "R", "--to", "base-b", "--task", "two", "--out", "two", "--overwrite") == 0
     assert "not measured" not in (world / "two" / "README.md").read_text()
 
@@ -118,7 +136,7 @@ BAD = {  # name: (what is changed in the artifact, words of the one line)
     "a task outside": (dict(config=lambda c: c.update(tasks=["one", "two", "../x"])), ["'../x'", "folder"]),
     "unknown base": (dict(config=lambda c: c.update(base_model_name_or_path="qwen99")), ["unknown base 'qwen99'"]),
     "only some layers": (dict(config=lambda c: c["projection_targets"].pop()), ["only some layers"]),
-    "unlike layers": (dict(config=lambda c: c["projection_targets"][0].update(input_group="q__in_7")), ["different shapes"]),
+    "unlike layers": (dict(config=lambda c: c["projection_targets"][0].update(input_group="other")), ["different shapes"]),
     "a tensor too few": (dict(tensors=lambda t: t.pop("core.l1.bias")), ["tensors", "not those of its config.json"]),
     "a tensor too many": (dict(tensors=lambda t: t.update(extra=torch.zeros(1))), ["tensors", "not those"]),
     "other sizes": (dict(config=lambda c: c.update(hidden=5)), ["tensors", "not those"]),
@@ -148,4 +166,4 @@ def test_bad_input(world, capsys):
     fails(["'base-b' is not in R; it holds base-a"], "--run", "R", "--to", "base-b", "--out", "x")
     run, _ = make_run(world / "layered", world / "base-a")
     write_json(run / "converters" / "base-a.json", read_json(run / "converters" / "tiny.json"))
-    fails(["no LayerNorm", "'layer'", "--norm none"], "--run", run, "--to", "base-a", "--out", "x")
+    fails(["has LayerNorm", "'layer'", "--norm none"], "--run", run, "--to", "base-a", "--out", "x")
