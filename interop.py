@@ -77,6 +77,8 @@ def read_artifact(folder):
     if sorted(places) != everywhere or max(map(len, groups.values())) > 1:
         bad("it adapts only some layers, or layers of different shapes; only bases whose layers are alike are supported")
     groups = {m: group for m, (group,) in groups.items()}
+    if any(len(set(side)) < len(side) for side in zip(*groups.values())):
+        bad("two of its modules share an alignment group, which portallib does not accept either")
     try:
         dims = {m: (weights[f"{NAMES['P_in']}.{i}"].shape[1], weights[f"{NAMES['P_out']}.{o}"].shape[0])
                 for m, (i, o) in groups.items()}

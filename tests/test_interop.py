@@ -137,6 +137,8 @@ BAD = {  # name: (what is changed in the artifact, words of the one line)
     "unknown base": (dict(config=lambda c: c.update(base_model_name_or_path="qwen99")), ["unknown base 'qwen99'"]),
     "only some layers": (dict(config=lambda c: c["projection_targets"].pop()), ["only some layers"]),
     "unlike layers": (dict(config=lambda c: c["projection_targets"][0].update(input_group="other")), ["different shapes"]),
+    "a shared group": (dict(config=lambda c: [t.update(input_group="q") for t in c["projection_targets"]],
+                            tensors=lambda t: t.pop("alignment.input.v")), ["share an alignment group"]),
     "a tensor too few": (dict(tensors=lambda t: t.pop("core.l1.bias")), ["tensors", "not those of its config.json"]),
     "a tensor too many": (dict(tensors=lambda t: t.update(extra=torch.zeros(1))), ["tensors", "not those"]),
     "other sizes": (dict(config=lambda c: c.update(hidden=5)), ["tensors", "not those"]),
