@@ -50,6 +50,14 @@ def resolve(spec):
                    "a Hugging Face model folder or a .gguf file")
 
 
+def lasting(spec):
+    """How provenance names a base: an alias of the toy, a hub id, or a path that outlives a cd."""
+    _, where, _, gguf = resolve(spec)
+    if spec in TOY:
+        return spec
+    return str(pathlib.Path(where, gguf or "").resolve()) if pathlib.Path(where).is_dir() else where
+
+
 # ---------------------------------------------------------------------------------------------- the patched projections
 class Adapted(nn.Module):
     """W x + scale B_t A_t x, with the A, B and task that its base holds `live` during a forward pass."""
@@ -110,6 +118,20 @@ class Base:
     def weight(self, m, layer):
         """The frozen weight W [d_out, d_in] of module kind m."""
         return self.linears[layer][m].weight
+
+    def paths(self):
+        """{(m, layer): dotted path of that projection in the model}, in the model's order."""
+        return {(part.kind, part.layer): path for path, part in self.model.named_modules() if isinstance(part, Adapted)}
+
+    def unpatch(self):
+        """The model as transformers loaded it: its own projections and head are put back. This Base is done with."""
+        for (m, layer), path in self.paths().items():
+            self.model.set_submodule(path, self.linears[layer][m])
+        self.model.set_output_embeddings(self.model.get_output_embeddings().head)
+        quantizer = getattr(self.model, "hf_quantizer", None)
+        if quantizer is not None:                                                    # a .gguf file: its weights were
+            quantizer.remove_quantization_config(self.model)                         # dequantised when they were loaded
+        return self.model
 
     def logits(self, batch, adapters=None):
         """Logits [N, vocabulary] at the N positions of `batch` (data.collate) that predict a continuation's token.
@@ -219,7 +241,8 @@ def pretrained(cls, spec, **options):
 
 
 def load_base(spec, device="cpu", dtype=torch.float32, recompute=False):
-    """Load and patch the base that `spec` names; `recompute`: see Base.recompute_layers. Weights come from safetensors or GGUF only."""
+    """Load and patch the base that `spec` names; `recompute`: see Base.recompute_layers. Weights come from safetensors or
+    GGUF only."""
     name, where, revision, gguf = resolve(spec)
     options = dict(dtype=torch.float32) if gguf else dict(dtype=dtype, use_safetensors=True)
     model = pretrained(AutoModelForCausalLM, spec, **options)
@@ -227,9 +250,7 @@ def load_base(spec, device="cpu", dtype=torch.float32, recompute=False):
         p.data = p.data.to(dtype)                                                    # rotary buffers must remain float32
     tokenizer = pretrained(AutoTokenizer, spec)
     revision = getattr(model.config, "_commit_hash", None) or revision
-    if spec in TOY or pathlib.Path(where).is_dir():                                  # an alias, or a path that outlives a cd
-        where = spec if spec in TOY else str(pathlib.Path(where, gguf or "").resolve())
-    base = Base(model.to(device), tokenizer, name, where, revision)
+    base = Base(model.to(device), tokenizer, name, lasting(spec), revision)
     if recompute:
         base.recompute_layers()
     return base

@@ -1,4 +1,4 @@
-"""What the three commands share: bad input as one clear line, the flags, files written whole, the run folder.
+"""What the commands share: bad input as one clear line, the flags, files written whole, the run folder.
 
 Nothing here is about the method; portal.py is the place to start reading.
 """
@@ -112,6 +112,12 @@ FLAGS = {  # one meaning everywhere; a default of None means "the preset below" 
     "recompute": dict(action="store_true", help="keep no layer's inner activations: less memory, more time"),
     "eval-rows": dict(type=positive(int), help="evaluation rows a task, a seeded random sample (default: all)"),
     "show": dict(type=positive(int), metavar="N", help="print N evaluation rows a task, before and after; write nothing"),
+    "artifact": dict(type=pathlib.Path, metavar="DIR", help="a portallib artifact to read: config.json, model.safetensors"),
+    "ported": dict(action="store_true", help="the artifact is a refit: its base counts as unseen"),
+    "task": dict(metavar="TASK", help="the task, or 'all'"),
+    "method": dict(choices=["portal", "lora", "cross_lora", "copy", "random"], default="portal", help="whose adapters"),
+    "merge": dict(action="store_true", help="write the whole model with the adapter in its weights (stored as --dtype)"),
+    "out": dict(type=pathlib.Path, metavar="DIR", help="the folder to write"),
     "overwrite": dict(action="store_true", help="replace what the run folder already holds"),
 }
 

@@ -240,6 +240,10 @@ def main(argv=None):
     for name in chosen:
         if name not in held:
             raise BadInput(f"base {name!r} is not in {run}; it holds {', '.join(held)}; python port.py --to NAME adds one")
+    for p in [saved, *(p for p in provenance.values() if p["base"] in {*chosen, *seen})]:
+        if None in (p.get("n", 0), p["seed"], p["data"]):
+            raise BadInput(f"{run}: an artifact does not say which rows it was fitted on, and a LoRA beside it needs them; "
+                           "python interop.py with --n, --seed, --data and --overwrite reads it again and records them")
     for task in args.tasks or ():
         if task not in cfg.tasks:
             raise BadInput(f"--tasks: unknown task {task!r}; this run knows {', '.join(cfg.tasks)}")

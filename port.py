@@ -55,11 +55,13 @@ def main(argv=None):
             raise BadInput(f"{run} has already seen {name}: it holds its converter; --overwrite refits it")
         # The largest n of a sweep is the base's converter, unless the run holds one of more rows; the others stand beside
         # it as <base>@<n>.
-        most = max(counts[-1], read_json(path)["n"] if path.exists() and len(counts) > 1 else 0)
+        most = max(counts[-1], (read_json(path)["n"] or 0) if path.exists() and len(counts) > 1 else 0)
         tags = [name if n == most else f"{name}@{n}" for n in counts]
         jobs.append((spec, list(zip(tags, counts))))
-    seed = saved["seed"] if args.seed is None else args.seed
-    folder = args.data or pathlib.Path(saved["data"])
+    seed, folder = saved["seed"] if args.seed is None else args.seed, args.data or saved["data"]
+    if seed is None or folder is None:
+        raise BadInput(f"--seed and --data are needed: {run} was read from an artifact, which does not say them")
+    folder = pathlib.Path(folder)
     data = load_tasks(folder, cfg.tasks)
     for spec, fits in jobs:
         base = load_base(spec, args.device, args.dtype, args.recompute)

@@ -130,10 +130,10 @@ class Portal:
 
 
 # ---------------------------------------------------------------------------------------------- on disk
-def save_tensors(path, tensors):
+def save_tensors(path, tensors, metadata=None):
     """Write {name: tensor} as safetensors, whole or not at all."""
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_whole(path, lambda p: safetensors.torch.save_file(tensors, p))
+    write_whole(path, lambda p: safetensors.torch.save_file(tensors, p, metadata))
 
 
 def load_tensors(path):

@@ -208,3 +208,6 @@ def test_a_gguf_file_loads_with_the_same_logits(tmp_path):
     batch = collate(items())
     want = Base(model, tokenizer).logits(batch)
     torch.testing.assert_close(base.logits(batch), want, rtol=1e-4, atol=1e-4)
+    base.unpatch().save_pretrained(tmp_path / "saved")                               # as a plain model, no longer a GGUF
+    saved = Base(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), tokenizer)
+    torch.testing.assert_close(saved.logits(batch), want, rtol=1e-4, atol=1e-4)
