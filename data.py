@@ -138,7 +138,8 @@ class Item(NamedTuple):
     row: Row
 
     def length(self):
-        return len(self.prompt) + sum(map(len, self.continuations))
+        """Tokens that go into the model: nothing is predicted from the last one of a continuation, so it stays out."""
+        return len(self.prompt) + sum(len(tokens) - 1 for tokens in self.continuations)
 
 
 def encode(tokenizer, rows, tasks, choices="all", max_length=MAX_LENGTH):
@@ -178,7 +179,7 @@ class Batch(NamedTuple):
     task: torch.Tensor        # [R] the task of each row
     ids: torch.Tensor         # [R, S]
     positions: torch.Tensor   # [R, S] position ids: every continuation starts where the prompt ends
-    segments: torch.Tensor    # [R, S] 0 prompt, 1, 2, ... continuations, -1 padding; None where each row has but one
+    segments: torch.Tensor    # [R, S] 0 prompt, 1, 2, ... continuations, -1 padding; None where no row has two of them
     at: tuple                 # (rows [N], columns [N]) of the positions whose logits are needed
     source: torch.Tensor      # [M] which of the N positions predicts continuation token m
     target: torch.Tensor      # [M] that token
@@ -198,13 +199,13 @@ def collate(items, device="cpu"):
         fork = len(rows)
         rows.append(r), columns.append(P - 1)
         for k, tokens in enumerate(item.continuations, 1):
-            start, end = end, end + len(tokens)
-            own_ids += tokens
-            own_positions += range(P, P + len(tokens))
-            own_segments += [k] * len(tokens)
+            start, end = end, end + len(tokens) - 1
+            own_ids += tokens[:-1]
+            own_positions += range(P, P + len(tokens) - 1)
+            own_segments += [k] * (len(tokens) - 1)
             source += [fork, *range(len(rows), len(rows) + len(tokens) - 1)]
             rows += [r] * (len(tokens) - 1)
-            columns += range(start, end - 1)
+            columns += range(start, end)
             target += tokens
             owner += [count] * len(tokens)
             row_of += [r] * len(tokens)
@@ -214,7 +215,7 @@ def collate(items, device="cpu"):
         segments.append(own_segments + [-1] * padding)
     def tensor(values):
         return to_device(torch.tensor(values), device)
-    single = all(len(item.continuations) == 1 for item in items)
+    single = all(sum(len(tokens) > 1 for tokens in item.continuations) <= 1 for item in items)  # nothing to keep apart
     return Batch(items, tensor([item.task for item in items]), tensor(ids), tensor(positions),
                  None if single else tensor(segments), (tensor(rows), tensor(columns)),
                  tensor(source), tensor(target), tensor(owner), tensor(row_of))

@@ -156,7 +156,7 @@ def test_a_completion_ends_with_eos_and_a_choice_does_not():
         assert encode(tokenizer, [row], ["t"], choices)[0][0].continuations == [[7, 8, tokenizer.eos_token_id]]
     assert encode(tokenizer, [Row("t", "w1", [" w3", " w4"], 0)], ["t"], "gold")[0][0].continuations == [[7]]
     (item,), cut = encode(tokenizer, [Row("t", "w1 " * 30 + "w2", [" w3"])], ["t"], max_length=12)
-    assert cut == 1 and item.length() == 12                                          # EOS is inside the limit
+    assert cut == 1 and len(item.prompt + item.continuations[0]) == 12                                      # EOS is inside the limit
     tokenizer.eos_token = None
     assert encode(tokenizer, [row], ["t"])[0][0].continuations == [[7, 8]]
 
@@ -175,7 +175,7 @@ def test_micro_batches_are_the_cheapest_of_all_cuts(seed):
     """Against every way to cut nine sorted items: padded tokens plus what a pass costs."""
     rng = random.Random(seed)
     lengths = sorted((rng.randint(2, 200) for _ in range(9)), reverse=True)
-    items = [Item(0, [1] * (n - 1), [[1]], None) for n in lengths]
+    items = [Item(0, [1] * n, [[1]], None) for n in lengths]
     def cost(parts):
         return sum(len(part) * part[0] + PASS for part in parts)
     best = float("inf")
@@ -195,18 +195,21 @@ def test_little_of_a_round_of_real_tasks_is_padding():
     cycles = []
     for task, splits in load_tasks(TASKS).items():
         lengths = [len(row.prompt.split()) + len(row.choices[row.gold].split()) for row in splits["train"]]
-        cycles.append(Cycle([Item(0, [1] * (n - 1), [[1]], None) for n in lengths], 4, task))
+        cycles.append(Cycle([Item(0, [1] * n, [[1]], None) for n in lengths], 4, task))
     parts = [part for _ in range(50) for part in micro_batches([i for c in cycles for i in c.next()], 4096)]
     used = sum(item.length() for part in parts for item in part)
     assert used / sum(len(part) * part[0].length() for part in parts) > 0.85
 
 
-def test_collate_reads_the_prompts_last_position_once():
-    items, _ = encode(tiny_tokenizer(), [Row("t", "w1 w2", [" w3", " w4 w5", " w6"], 0)], ["t"])
+def test_collate_reads_the_prompts_last_position_once_and_no_continuations_last_token():
+    items, _ = encode(tiny_tokenizer(), [Row("t", "w1 w2", [" w3", " w4 w5", " w6 w7"], 0)], ["t"])
     batch = collate(items)
-    assert batch.ids.tolist() == [[5, 6, 7, 8, 9, 10]] and batch.positions.tolist() == [[0, 1, 2, 2, 3, 2]]
-    assert batch.segments.tolist() == [[0, 0, 1, 2, 2, 3]]
-    assert batch.at[1].tolist() == [1, 3] and batch.source.tolist() == [0, 0, 1, 0] and batch.target.tolist() == [7, 8, 9, 10]
+    assert batch.ids.tolist() == [[5, 6, 8, 10]] and batch.positions.tolist() == [[0, 1, 2, 2]]
+    assert batch.segments.tolist() == [[0, 0, 1 + 1, 1 + 2]]
+    assert batch.at[1].tolist() == [1, 2, 3] and batch.source.tolist() == [0, 0, 1, 0, 2]
+    assert batch.target.tolist() == [7, 8, 9, 10, 11]
+    only_one_reaches_in = encode(tiny_tokenizer(), [Row("t", "w1 w2", [" w3", " w4 w5", " w6"], 0)], ["t"])[0]
+    assert collate(only_one_reaches_in).segments is None
 
 
 def test_cycle_passes_over_everything_before_it_repeats():

@@ -45,10 +45,11 @@ def test_mixed_round_equals_one_task_at_a_time(architecture, max_tokens):
         p.grad = None
     for t in range(3):
         rows = [item for item in items if item.task == t]
-        length = max(item.length() for item in rows)
-        ids = torch.tensor([i.prompt + i.continuations[0] + [0] * (length - i.length()) for i in rows])
-        mask = torch.tensor([[1] * i.length() + [0] * (length - i.length()) for i in rows])
-        labels = torch.tensor([[-100] * len(i.prompt) + i.continuations[0] + [-100] * (length - i.length()) for i in rows])
+        texts = [i.prompt + i.continuations[0] for i in rows]
+        missing = [max(map(len, texts)) - len(text) for text in texts]
+        ids = torch.tensor([text + [0] * m for text, m in zip(texts, missing)])
+        mask = torch.tensor([[1] * len(text) + [0] * m for text, m in zip(texts, missing)])
+        labels = torch.tensor([[-100] * len(i.prompt) + i.continuations[0] + [-100] * m for i, m in zip(rows, missing)])
         adapters = portal.adapters("tiny")
         handles = lora_hooks(model, {m: a[t] for m, a in adapters.A.items()}, {m: b[t] for m, b in adapters.B.items()}, adapters.scale)
         logits = model(input_ids=ids, attention_mask=mask).logits
