@@ -161,7 +161,7 @@ def test_bad_input_to_a_trained_run(trained, capsys, world):
     fails(["'base-z' is not in", "base-a, base-b"], evaluation, "--bases", "base-z")
     fails(["unknown task 'nine'", "one, three, two"], evaluation, "--tasks", "nine")
     fails(["nowhere", "not a run folder"], evaluation, "--run", "nowhere")
-    fails(["not finite", "base-a", "task", "round"], train, *TRAIN, "--overwrite", "--lr", "1e30")
+    fails(["not finite", "base-a", "task", "round"], train, *TRAIN, "--overwrite", "--lr", "1e38")
     core = trained / "core.safetensors"
     whole = core.read_bytes()
     core.write_bytes(whole[:-9])
