@@ -1,7 +1,7 @@
 """Benchmark: this project beside its peers, the same work turn by turn in one process.
 
     python bench.py --data data --base smollm2-135m            everything, CPU
-    python bench.py --quick --data data --base smollm2-135m    the same rows of the table, fewer evaluation rows
+    python bench.py --quick --data data --base smollm2-135m    the same lines of the table from fewer rows
     python bench.py --device cuda --data data                  bf16, on --gpu-base instead of --base
 
     training     one round of PorTAL: 4 rows of every task on one base     beside portallib 0.2.1
@@ -18,6 +18,7 @@ import pathlib, shlex, statistics, sys, time
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -25,8 +26,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from baselines.lora import ALPHA, RANK, TaskLoRAs
 from bases import load_base, resolve
 from cli import ROOT, BadInput, first_sentence, parse, run_main, today, write_whole
-from data import encode, load_tasks, sample
-from eval import hardware, score
+from data import collate, encode, load_tasks, micro_batches, sample
+from eval import full_precision, hardware, score
 from portal import MODULES, Config, Converter, Portal
 from train import EMA, Learner, one_round, portal_learner, preset
 
@@ -100,6 +101,21 @@ def train_ours(work, recompute=False):
 def train_ours_recompute(work):
     """Ours with --recompute: less memory, more time."""
     return train_ours(work, recompute=True)
+
+
+def train_floor(work):
+    """What nobody gets around: the frozen base's forward and backward pass over the same micro-batches, nothing adapted."""
+    base = work.load()
+    yield
+    items = encode_gold(base, work.tasks(base.tokenizer, "train"))
+    embeddings = base.model.get_input_embeddings()
+    embeddings.register_forward_hook(lambda module, args, x: x.requires_grad_())     # so that there is a backward pass
+    while True:
+        start = work.clock()
+        for part in micro_batches(items * work.repeat, work.max_tokens):
+            batch = collate(part, base.device)
+            F.cross_entropy(full_precision(base.logits(batch)), batch.target).backward()
+        yield work.clock() - start
 
 
 def portallib_trainer(base, tasks, cfg, clock, rounds=1, **recipe):
@@ -348,8 +364,8 @@ def compare(label, work, taken, peer, target, note, mine="ours"):
     ours, theirs = ([turns[name][0] / work.repeat for turns in taken] for name in (mine, peer))
     return dict(work=label + mine.removeprefix("ours"), peer=peer, ours_s=statistics.median(ours), peer_s=statistics.median(theirs), ours_turns=ours,
                 peer_turns=theirs, ratio=statistics.median(ratios), ratio_min=min(ratios), ratio_max=max(ratios),
-                target=target, note=note, threads=torch.get_num_threads(), rows_a_task=work.rows, rounds_a_turn=work.repeat,
-                base=work.spec, device=work.device, dtype=str(work.dtype).split(".")[1], max_tokens=work.max_tokens)
+                target=None if peer == FLOOR else target, note=note, threads=torch.get_num_threads(), rows_a_task=work.rows, rounds_a_turn=work.repeat,
+                base=pathlib.Path(work.spec).name, device=work.device, dtype=str(work.dtype).split(".")[1], max_tokens=work.max_tokens)
 
 
 def training(label, work, ours, peers, target, note, with_memory=False):
@@ -394,6 +410,7 @@ def evaluation(label, work):
         yield dict(work=label, peer=name, target=None, not_measured=why)
 
 
+FLOOR = "the frozen base alone"    # not a peer: what of our time is not ours
 PORTAL = "core without LayerNorm, sizes, gradient clip, AdamW; portallib tokenises in every round, ours before the first"
 PEFT = "rank 16, all seven projections, gradient clip, fused AdamW"
 
@@ -403,7 +420,7 @@ def plan(args):
     cuda = args.device != "cpu"
     toy = Work("toy-qwen-m", ROOT / "toy" / "data", args.device, args.dtype, preset(["toy-qwen-m"])["max_tokens"], repeat=3)
     real = Work(args.gpu_base if cuda else args.base, args.data, args.device, args.dtype,
-                args.max_tokens or preset([])["max_tokens"])
+                args.max_tokens or preset([])["max_tokens"], rows=ROWS // 2 if args.quick and not cuda else ROWS)
     portallib, more = {"portallib": train_portallib}, {"portallib, its checkpointing off": train_portallib_plain}
     peft = {"PEFT": loras_peft}
     def line(what, work, lines, *rest):
@@ -411,7 +428,7 @@ def plan(args):
         return label, lines(label, work, *rest)
     yield line("training round", toy, training, {"ours": train_ours}, {**portallib, **more}, 5.0, PORTAL)
     yield line("training round", real, training, {"ours": train_ours, "ours, --recompute": train_ours_recompute},
-               {**portallib, **({} if args.quick else more)}, 4.0 if cuda else 1.5, PORTAL, True)
+               {**portallib, **({} if args.quick else more), FLOOR: train_floor}, 4.0 if cuda else 1.5, PORTAL, True)
     if not cuda:
         label = f"training round, {args.gpu_base}, bfloat16 on a GPU"
         yield label, iter([dict(work=label, peer="portallib", target=4.0, not_measured="this run is on a CPU")])
@@ -441,7 +458,8 @@ def write_report(path, lines, args, threads):
     """<path>.jsonl, a line a comparison, and <path>.md, the table."""
     peers = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("transformers", "portallib", "peft", "lm_eval") if
                       importlib.util.find_spec(p))
-    head = dict(hardware=hardware(), threads=threads, peers=peers, date=today(), command=shlex.join(["python", *sys.argv]))
+    head = dict(hardware=hardware(), threads=threads, peers=peers, date=today(),
+                command=shlex.join(["python", "bench.py", *(os.path.basename(a) or a for a in sys.argv[1:])]))
     table = [["work", "ours, s", "peer", "peer, s", "peer / ours [min..max]", "target", "peak memory", "held equal"]]
     table += [["---"] * 8] + [cells(line) for line in lines]
     differ = [f"- {line['work']}, {line['peer']}: row {d['number']} ({d['task']}): ours {d['ours']}, peer {d['peer']}"
@@ -456,7 +474,8 @@ def write_report(path, lines, args, threads):
 
 def main(argv=None):
     args = parse(__doc__, "quick data base gpu-base device dtype max-tokens out", argv,
-                 quick=dict(action="store_true", help="few evaluation rows; on the real base, portallib as it comes only"),
+                 quick=dict(action="store_true", help="on the real base half the rows of a round, few of evaluation, and "
+                                                      "portallib as it comes only"),
                  data=dict(default=ROOT / "data"),
                  base=dict(default="smollm2-135m", metavar="A", help="the real base on a CPU"),
                  gpu_base=dict(default="qwen2.5-coder-0.5b", metavar="A", help="the real base on a GPU"),
