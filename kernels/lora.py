@@ -214,4 +214,5 @@ def lora_linear(x, W, bias, A, B, task, scale):
     if not (fits and A.shape[2] == x.shape[2] == W.shape[1] and B.shape[1] == W.shape[0] and A.shape[1] == B.shape[2]):
         raise ValueError(f"lora_linear: x {[*x.shape]}, W {[*W.shape]}, A {[*A.shape]}, B {[*B.shape]}, task {[*task.shape]} "
                          "do not fit [R, S, d_in], [d_out, d_in], [T, r, d_in], [T, d_out, r], [R]")
-    return LoRALinear.apply(x, W, bias, A, B, task, scale)
+    with torch.cuda.device_of(x):                                                    # where Triton launches; nothing on a CPU
+        return LoRALinear.apply(x, W, bias, A, B, task, scale)

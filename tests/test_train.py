@@ -141,6 +141,29 @@ def test_a_round_never_waits_for_the_device(architecture):
         one_round([base], portal.adapters, [learner], {"tiny": some_items()}, 40, {"tiny": EMA()}, portal.z)
 
 
+@pytest.mark.gpu
+def test_a_round_on_a_gpu_gives_the_cpus_numbers_and_never_waits():
+    found = []
+    for device in ("cpu", "cuda"):
+        base = tiny_base("gemma3")
+        base.model.to(device)
+        portal = make_portal(base).to(device)
+        learner = portal_learner(portal, small_rows(), 1, 1, 1e-3)
+        def one(running=None):
+            return one_round([base], portal.adapters, [learner], {"tiny": some_items()}, 40, running, portal.z)
+        one()                                                                        # kernels are compiled, pools are filled
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            losses = one({"tiny": EMA()})
+        finally:
+            if device == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+        found.append([losses.cpu(), portal.z.detach().cpu()])
+    for cpu, cuda in zip(*found):
+        torch.testing.assert_close(cpu, cuda, rtol=1e-3, atol=1e-4)
+
+
 def test_recomputed_layers_give_the_same_gradients():
     """Each micro-batch's layers run again in its backward pass, with the adapters and tasks they had."""
     found = []
