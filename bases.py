@@ -163,7 +163,7 @@ class Base:
         if adapters is None:
             return self.wearing({"at": at})
         places = [row["q"].weight.device for row in self.linears]                    # of the L layers; mostly one for all
-        def at_home(tensor):                                                         # each layer's slice, where that layer is
+        def at_home(tensor):                                                         # a layer's slice, where the layer is
             return [a.to(place) for a, place in zip(tensor.unbind(1), places)]
         return self.wearing(dict(at=at, scale=adapters.scale, task={place: task.to(place) for place in set(places)},
                                  A={m: at_home(a) for m, a in adapters.A.items()},   # L tensors [T, r, d_in]
@@ -258,7 +258,7 @@ def pretrained(cls, spec, **options):
 
 
 def four_bits(device, dtype):
-    """What from_pretrained is told for QLoRA's 4-bit NormalFloat: weights are stored in it, and computed with in `dtype`."""
+    """What from_pretrained is told for QLoRA's 4-bit NormalFloat: weights are held in it, and computed with in `dtype`."""
     if torch.device(device).type != "cuda":
         raise BadInput(f"--quantize 4bit needs a CUDA device; this is --device {device}")
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -282,9 +282,9 @@ def load_base(spec, device="cpu", dtype=torch.float32, recompute=False, device_m
     if any(p.is_meta for p in model.parameters()):
         raise BadInput(f"base {spec!r} is too big for all devices of this machine together, and training cannot offload a "
                        f"part of it{'' if quantize else '; --quantize 4bit makes it about a third of its size'}")
-    for p in model.parameters():                                                     # GGUF loads as float32. Only the rotary
-        if p.is_floating_point():                                                    # buffers must remain float32, and packed
-            p.data = p.data.to(dtype)                                                # weights (uint8) what they are
+    for p in model.parameters():                                                     # GGUF loads as float32. Only the
+        if p.is_floating_point():                                                    # rotary buffers must remain float32,
+            p.data = p.data.to(dtype)                                                # and packed weights (uint8) packed
     if not device_map:
         model.to(device)
     tokenizer = pretrained(AutoTokenizer, spec)

@@ -16,7 +16,7 @@ from torch.distributed.rendezvous import rendezvous
 
 RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in
                            (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-NO_BAR = True if RANK else None                                                      # tqdm's `disable`; None: only on a terminal
+NO_BAR = True if RANK else None                                                      # tqdm's `disable`; None: a terminal's bar
 store = None                                                                         # a few numbers that all processes see
 
 

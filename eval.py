@@ -234,8 +234,8 @@ def main(argv=None):
     from bases import reload_base
     from train import preset
     args = parse(__doc__, "run bases data tasks epochs batch-size lr max-tokens recompute eval-rows show device dtype "
-                          "device-map quantize overwrite", argv, epochs=dict(help="of the LoRA baseline"), batch_size=dict(help="of the LoRA baseline"),
-                 lr=dict(help="of the LoRA baseline"),
+                          "device-map quantize overwrite", argv, epochs=dict(help="of the LoRA baseline"),
+                 batch_size=dict(help="of the LoRA baseline"), lr=dict(help="of the LoRA baseline"),
                  overwrite=dict(help="fit the baselines again even if the run holds them"))
     run = find_run(args.run)
     saved, cfg = load_config(run)

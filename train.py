@@ -229,8 +229,8 @@ def portal_learner(portal, rows, epochs, batch_size, lr):
 
 
 def main(argv=None):
-    args = parse(__doc__, "bases data tasks n modules rank norm epochs batch-size lr max-tokens recompute seed device dtype "
-                          "device-map quantize run overwrite", argv)
+    args = parse(__doc__, "bases data tasks n modules rank norm epochs batch-size lr max-tokens recompute seed device "
+                          "dtype device-map quantize run overwrite", argv)
     specs = args.bases or TOY_SEEN
     names = short_names(specs)
     default = preset(names)
@@ -262,8 +262,8 @@ def main(argv=None):
             **{k: settings[k] for k in ("epochs", "batch_size", "max_tokens")})
         save_states([learner], settings["epochs"], lambda final: save_portal(folder, portal, final))
         provenance = [dict(base=b.name, id=b.origin, revision=b.revision, ported=False, n=settings["n"], seed=seed,
-                           data=str(data.resolve()), epochs=settings["epochs"], epoch_selected=learner.epoch, quantize=b.quantize,
-                           seconds=round(time.time() - start, 1), date=today()) for b in bases]
+                           data=str(data.resolve()), quantize=b.quantize, epochs=settings["epochs"],
+                           epoch_selected=learner.epoch, seconds=round(time.time() - start, 1), date=today()) for b in bases]
         for p in provenance:
             write_json(folder / "converters" / f"{p['base']}.json", p)
         write_json(folder / "portal.json", dict(

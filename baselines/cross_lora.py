@@ -89,5 +89,5 @@ def transfer_all(run, tag, target, source, seed):
             lora = load_adapters(run / "baselines" / "lora" / f"{source.name}.safetensors", source.device)
             save_adapters(path.with_name(f"{tag}.safetensors"), transfer(method, lora, source, target))
             write_json(path, origin)
-    wait()                                                                           # the other processes read what 0 has written
+    wait()                                                                           # the others read what 0 has written
     return tuple(methods)

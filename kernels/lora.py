@@ -184,8 +184,8 @@ class LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, y, W, bias, A, B, task, scale):
-        with torch.cuda.device_of(x):                                                # Triton launches on the current GPU, and a
-            s = shrink(x, A, task, scale)                                            # base may lie on several    [R, S, r]
+        with torch.cuda.device_of(x):                                                # Triton launches on the current GPU;
+            s = shrink(x, A, task, scale)                                            # bases may be on several     [R, S, r]
             ctx.save_for_backward(x, W, A, B, task, s)
             ctx.scale = scale
             return expand_add_(y.clone() if W is None else F.linear(x, W, bias), s, B, task)  # [R, S, d_out]
