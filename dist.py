@@ -1,4 +1,4 @@
-"""Several processes on one run: `torchrun --nproc-per-node N train.py ...` starts N and tells each its number, RANK.
+"""Several processes on one run: `torchrun --nproc-per-node N -- train.py ...` starts N and tells each its RANK.
 
 Every process holds everything, the bases, latents, core and converters, and draws the same rows from the same seeds. So
 they need not talk about what to do. Each takes its share of a round's rows; losses and the gradients on A and B are then
@@ -12,7 +12,6 @@ import datetime, json, os, sys
 
 import torch
 import torch.distributed
-from torch.distributed.rendezvous import rendezvous
 
 RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in
                            (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -25,6 +24,7 @@ def start():
     global store
     if WORLD == 1:
         return
+    from torch.distributed.rendezvous import rendezvous
     if RANK:
         sys.stdout = open(os.devnull, "w")
     gpus = torch.cuda.device_count()

@@ -13,13 +13,22 @@ TRAIN = "--bases ./base-a,./base-b --data data --n 9 --epochs 2 --batch-size 2 -
 PORT = "--to ./base-c --n 9 --epochs 2 --batch-size 2 --max-tokens 60 --run".split()
 
 COMMANDS = f"""
-import cli, eval as evaluation, port, train
+import cli, dist, eval as evaluation, port, train
 train.REAL["sizes"], train.REAL["lora"] = {SIZES}, {LORA}
-cli.run_main(lambda: [train.main({TRAIN + ["two"]}), port.main({PORT + ["two"]}),
-                      evaluation.main(["--bases", "base-c", "--run", "two"])])
+def main():
+    try:
+        train.main({TRAIN + ["bad", "--lr", "1e38"]})
+    except cli.BadInput as error:                                                    # in both; else one would wait for ever
+        open(f"process {{dist.RANK}}", "w").write(str(error))
+    train.main({TRAIN + ["two"]})
+    dist.wait()
+    port.main({PORT + ["two"]})
+    dist.wait()
+    evaluation.main(["--bases", "base-c", "--run", "two"])
+cli.run_main(main)
 """
 
-# Process 1 alone meets a problem, the other waits for it in a sum.
+# Process 1 alone meets a problem while the other waits for it in a sum; both meet the same one.
 ONE_FAILS = """
 import cli, dist
 def main():
@@ -28,10 +37,14 @@ def main():
     dist.wait()
 cli.run_main(main)
 """
+BOTH_FAIL = """
+import cli
+cli.run_main(lambda: cli.parse("", "n", ["--n", "0"]))
+"""
 
 
 def torchrun(*command):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
     return subprocess.run([*launcher, *map(str, command)], capture_output=True, text=True, timeout=120,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(cli.ROOT), "CUDA_VISIBLE_DEVICES": ""})
 
@@ -63,6 +76,8 @@ def test_two_processes_make_the_run_that_one_makes(world, monkeypatch):
     done = torchrun(world / "commands.py")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("; saved to") == 2 and not errors(done)                 # trained and ported, said once each
+    refused = [(world / f"process {rank}").read_text() for rank in (0, 1)]
+    assert "loss is not finite on base" in refused[0] and refused[0] == refused[1] and not (world / "bad").exists()
 
     monkeypatch.setitem(train.REAL, "sizes", SIZES), monkeypatch.setitem(train.REAL, "lora", LORA)
     train.main([*TRAIN, "one"]), port.main([*PORT, "one"]), evaluation.main(["--bases", "base-c", "--run", "one"])
@@ -78,18 +93,13 @@ def test_two_processes_make_the_run_that_one_makes(world, monkeypatch):
                                     for row in rows(one / name)]
 
 
-def test_a_loss_that_is_not_finite_ends_both_processes_with_one_line(world):
-    done = torchrun(cli.ROOT / "train.py", *TRAIN, "two", "--lr", "1e38", "--modules", "q", "--rank", "1")
-    assert done.returncode != 0 and done.stdout == "" and len(errors(done)) == 1 and "loss is not finite on base" in errors(done)[0]
-    assert "exitcode  : 2" in done.stderr                                            # in torchrun's own report
-    assert not (world / "two").exists()
-
-
-def test_what_one_process_alone_meets_ends_both_with_one_line(tmp_path):
-    (tmp_path / "fails.py").write_text(ONE_FAILS)
+@pytest.mark.parametrize("script, said", [(ONE_FAILS, "only process 1 knows"), (BOTH_FAIL, "'0' is not accepted")])
+def test_bad_input_of_one_process_or_of_both_is_one_line(tmp_path, script, said):
+    """torchrun then adds a report and a traceback of its own, and exits with 1."""
+    (tmp_path / "fails.py").write_text(script)
     done = torchrun(tmp_path / "fails.py")
-    assert done.returncode != 0 and errors(done) == ["error: only process 1 knows"]
-    assert "fails.py\", line" not in done.stderr                                     # no traceback of ours; torchrun has one
+    assert done.returncode == 1 and len(errors(done)) == 1 and said in errors(done)[0] and done.stdout == ""
+    assert "exitcode  : 2" in done.stderr and "fails.py\", line" not in done.stderr  # no traceback of ours
 
 
 def test_rows_are_dealt_out_evenly_and_none_is_lost(monkeypatch):
