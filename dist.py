@@ -15,7 +15,7 @@ import torch.distributed
 
 RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in
                            (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-NO_BAR = True if RANK else None                                                      # tqdm's `disable`; None: a terminal's bar
+NO_BAR = True if RANK else None  # tqdm's `disable`; None: a terminal's bar
 store = None                                                                         # a few numbers that all processes see
 
 
