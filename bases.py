@@ -4,18 +4,19 @@ There is no code per architecture. Any decoder whose layers hold the seven proje
 nn.Linear works: each is wrapped in `Adapted`, which adds the low-rank part, and the LM head is wrapped in
 `PickedHead`, which reads it only at the positions somebody asked for.
 """
-import contextlib, functools, os, pathlib, re, sys
+import contextlib, functools, importlib.util, os, pathlib, re, sys
 from types import SimpleNamespace
 from unittest import mock
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, masking_utils
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, masking_utils
 from transformers.utils.logging import disable_progress_bar
 
 from cli import ROOT, TOY_SEEN, TOY_UNSEEN, BadInput, first_sentence
-from kernels.lora import lora_linear
+from dist import RANK
+from kernels.lora import lora_add, lora_linear
 from portal import MODULES
 
 HUB = {
@@ -70,7 +71,10 @@ class Adapted(nn.Module):
         if self.kind not in self.live.A:
             return self.linear(x)
         A, B = self.live.A[self.kind][self.layer], self.live.B[self.kind][self.layer]  # [T, r, d_in], [T, d_out, r]
-        return lora_linear(x, self.linear.weight, self.linear.bias, A, B, self.live.task, self.live.scale)  # [R, S, d_out]
+        task, scale = self.live.task[x.device], self.live.scale                      # [R]
+        if type(self.linear) is not nn.Linear:                                       # quantised: only the layer itself can
+            return lora_add(self.linear(x), x, A, B, task, scale)                    # read its weight     [R, S, d_out]
+        return lora_linear(x, self.linear.weight, self.linear.bias, A, B, task, scale)  # [R, S, d_out]
 
 
 class PickedHead(nn.Module):
@@ -86,7 +90,8 @@ class PickedHead(nn.Module):
         return self.head.weight
 
     def forward(self, x):                                                            # [R, S, d]
-        return self.head(x if self.live.at is None else x[self.live.at])             # [N, vocabulary]
+        at = self.live.at
+        return self.head(x if at is None else x[tuple(index.to(x.device) for index in at)])  # [N, vocabulary]
 
 
 class Base:
@@ -94,7 +99,7 @@ class Base:
 
     def __init__(self, model, tokenizer, name="base", origin="", revision=None):
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
-        self.name, self.origin, self.revision = name, origin, revision
+        self.name, self.origin, self.revision, self.quantize = name, origin, revision, None
         self.live = SimpleNamespace(A={}, B={}, task=None, scale=1.0, at=None)
         self.config = model.config.get_text_config()
         self.blocks, projections = find_projections(model)                           # L layers, {m: (parent, attribute)} each
@@ -113,11 +118,20 @@ class Base:
 
     @property
     def device(self):
+        """Where inputs go, logits come out and adapters are generated; the layers may be on several others."""
         return self.model.device
 
+    @torch.no_grad()
     def weight(self, m, layer):
-        """The frozen weight W [d_out, d_in] of module kind m."""
-        return self.linears[layer][m].weight
+        """The frozen weight W [d_out, d_in] of module kind m, on `device`."""
+        linear = self.linears[layer][m]
+        if type(linear) is nn.Linear:
+            return linear.weight.to(self.device)
+        bias, linear.bias = linear.bias, None                                        # a layer that only tells W x, asked
+        try:                                                                         # for every column of W at once
+            return linear(torch.eye(self.dims[m][0], dtype=self.model.dtype, device=linear.weight.device)).T.to(self.device)
+        finally:
+            linear.bias = bias
 
     def paths(self):
         """{(m, layer): dotted path of that projection in the model}, in the model's order."""
@@ -148,9 +162,12 @@ class Base:
         """Inside, row r of a forward pass has the adapters of task[r], and logits are read at the positions `at`."""
         if adapters is None:
             return self.wearing({"at": at})
-        return self.wearing(dict(at=at, task=task, scale=adapters.scale,
-                                 A={m: a.unbind(1) for m, a in adapters.A.items()},  # L tensors [T, r, d_in]
-                                 B={m: b.unbind(1) for m, b in adapters.B.items()}))  # L tensors [T, d_out, r]
+        places = [row["q"].weight.device for row in self.linears]                    # of the L layers; mostly one for all
+        def at_home(tensor):                                                         # a layer's slice, where the layer is
+            return [a.to(place) for a, place in zip(tensor.unbind(1), places)]
+        return self.wearing(dict(at=at, scale=adapters.scale, task={place: task.to(place) for place in set(places)},
+                                 A={m: at_home(a) for m, a in adapters.A.items()},   # L tensors [T, r, d_in]
+                                 B={m: at_home(b) for m, b in adapters.B.items()}))  # L tensors [T, d_out, r]
 
     @contextlib.contextmanager
     def wearing(self, state):
@@ -226,7 +243,7 @@ def find_projections(model):
 
 
 # ---------------------------------------------------------------------------------------------- loading
-if not sys.stderr.isatty():
+if RANK or not sys.stderr.isatty():
     disable_progress_bar()
 
 
@@ -240,17 +257,40 @@ def pretrained(cls, spec, **options):
         raise BadInput(f"base {spec!r} could not be loaded from {where}: {first_sentence(error)}")
 
 
-def load_base(spec, device="cpu", dtype=torch.float32, recompute=False):
+def four_bits(device, dtype):
+    """What from_pretrained is told for QLoRA's 4-bit NormalFloat: weights are held in it, and computed with in `dtype`."""
+    if torch.device(device).type != "cuda":
+        raise BadInput(f"--quantize 4bit needs a CUDA device; this is --device {device}")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise BadInput("--quantize 4bit needs bitsandbytes, which is not installed: pip install bitsandbytes")
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def load_base(spec, device="cpu", dtype=torch.float32, recompute=False, device_map=None, quantize=None):
     """Load and patch the base that `spec` names; `recompute`: see Base.recompute_layers. Weights come from safetensors or
-    GGUF only."""
+    GGUF only. device_map: which module goes where, in accelerate's terms, instead of all to `device`; "auto" shares the
+    layers out to the GPUs. quantize: None or "4bit"."""
     name, where, revision, gguf = resolve(spec)
     options = dict(dtype=torch.float32) if gguf else dict(dtype=dtype, use_safetensors=True)
+    if quantize:
+        options["quantization_config"] = four_bits(device, dtype)
+        device_map = device_map or {"": torch.empty(0, device=device).device}        # packed weights do not move afterwards
+    if device_map:
+        options["device_map"] = device_map
     model = pretrained(AutoModelForCausalLM, spec, **options)
+    # What fits nowhere, accelerate leaves aside and fetches layer by layer. But a backward pass would keep it all.
+    if any(p.is_meta for p in model.parameters()):
+        raise BadInput(f"base {spec!r} is too big for all devices of this machine together, and training cannot offload a "
+                       f"part of it{'' if quantize else '; --quantize 4bit makes it about a third of its size'}")
     for p in model.parameters():                                                     # GGUF loads as float32. Only the
-        p.data = p.data.to(dtype)                                                    # rotary buffers must remain float32
+        if p.is_floating_point():                                                    # rotary buffers must remain float32,
+            p.data = p.data.to(dtype)                                                # and packed weights (uint8) packed
+    if not device_map:
+        model.to(device)
     tokenizer = pretrained(AutoTokenizer, spec)
     revision = getattr(model.config, "_commit_hash", None) or revision
-    base = Base(model.to(device), tokenizer, name, lasting(spec), revision)
+    base = Base(model, tokenizer, name, lasting(spec), revision)
+    base.quantize = quantize
     if recompute:
         base.recompute_layers()
     return base
@@ -264,9 +304,9 @@ def short_names(specs):
     return names
 
 
-def reload_base(provenance, device="cpu", dtype=torch.float32, recompute=False):
+def reload_base(provenance, device="cpu", dtype=torch.float32, recompute=False, device_map=None, quantize=None):
     """The base that a converter's provenance names (its id and exact revision), under the name its files have."""
     pinned = f"@{provenance['revision']}" if provenance["revision"] else ""
-    base = load_base(provenance["id"] + pinned, device, dtype, recompute)
+    base = load_base(provenance["id"] + pinned, device, dtype, recompute, device_map, quantize)
     base.name = provenance["base"]
     return base

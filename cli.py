@@ -2,9 +2,11 @@
 
 Nothing here is about the method; portal.py is the place to start reading.
 """
-import argparse, contextlib, datetime, json, os, pathlib, shutil, sys
+import argparse, contextlib, datetime, json, os, pathlib, shutil, sys, tempfile
 
 import torch
+
+import dist
 
 ROOT = pathlib.Path(__file__).resolve().parent
 OUT = pathlib.Path("out")
@@ -18,14 +20,20 @@ class BadInput(Exception):
 def run_main(main):
     """Run `main()`: BadInput becomes one line on stderr and exit code 2, never a traceback."""
     try:
+        dist.start()
         main()
+        dist.stop()
     except BadInput as error:
         raise SystemExit(fail(error))
     except torch.OutOfMemoryError as error:
         raise SystemExit(fail(f"out of memory ({first_sentence(error)}); try a smaller --max-tokens"))
     except KeyboardInterrupt:
-        print("interrupted; what was saved before is untouched", file=sys.stderr)
+        say("interrupted; what was saved before is untouched")
         raise SystemExit(130)
+    except Exception:
+        if dist.another_failed():                                                    # it has said why. A sum it did not
+            raise SystemExit(2)                                                      # come to is no news from this one
+        raise
 
 
 def first_sentence(error):
@@ -33,8 +41,13 @@ def first_sentence(error):
 
 
 def fail(message):
-    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    say("error: " + " ".join(str(message).split()))
     return 2
+
+
+def say(last_words):
+    if dist.speaks():
+        print(last_words, file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------- flags
@@ -81,6 +94,10 @@ def device(text):
         if torch.device(text).type not in ("cpu", "cuda"):
             raise RuntimeError
         torch.empty(0, device=text)
+        gpus = torch.cuda.device_count()
+        if dist.WORLD > 1 and text != "cpu" and (text != "cuda" or dist.LOCAL_RANK >= gpus):
+            raise argparse.ArgumentTypeError(f"{text!r} is not accepted: each of several processes takes a GPU of its own, "
+                                             f"--device cuda, and this machine has {gpus}; --device cpu is accepted, too")
     except (RuntimeError, AssertionError):
         raise argparse.ArgumentTypeError(f"{text!r} is not a device of this machine: cpu, cuda or cuda:0 are accepted")
     return text
@@ -108,6 +125,8 @@ FLAGS = {  # one meaning everywhere; a default of None means "the preset below" 
     "seed": dict(type=seed, help="seed of everything random"),
     "device": dict(type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="torch device"),
     "dtype": dict(choices=["float32", "bfloat16", "float16"], help="of the frozen base (CPU: float32, GPU: bfloat16)"),
+    "device-map": dict(choices=["auto"], help="spread a base that is too big for one GPU over all of them (accelerate)"),
+    "quantize": dict(choices=["4bit"], help="hold the base's weights in 4 bits, NF4 (bitsandbytes; CUDA)"),
     "max-tokens": dict(type=positive(int), help="token budget of a micro-batch, padding included"),
     "recompute": dict(action="store_true", help="keep no layer's inner activations: less memory, more time"),
     "eval-rows": dict(type=positive(int), help="evaluation rows a task, a seeded random sample (default: all)"),
@@ -129,14 +148,21 @@ def parse(description, names, argv=None, **changes):
         also = ["--task"] if name == "tasks" else []
         parser.add_argument("--" + name, *also, **{**FLAGS.get(name, {}), **changes.get(name.replace("-", "_"), {})})
     args = parser.parse_args(argv)
+    if getattr(args, "device_map", None):
+        if dist.WORLD > 1:
+            parser.error("--device-map gives all GPUs to one process, torchrun one to each; it is one or the other")
+        args.device = FLAGS["device"]["default"]
     if "dtype" in args:
         args.dtype = getattr(torch, args.dtype or ("float32" if args.device.startswith("cpu") else "bfloat16"))
     return args
 
 
 # ---------------------------------------------------------------------------------------------- files
+# Of several processes (dist.py), which all come by here with the same things to write, process 0 writes.
 def write_whole(path, write):
     """Call `write(temporary path)` and rename: the file at `path` is the old one or the new one, never half of it."""
+    if dist.RANK:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -158,8 +184,15 @@ def read_json(path):
 
 
 def append_jsonl(path, row):
+    if dist.RANK:
+        return
     with open(path, "a") as f:
         f.write(json.dumps(row) + "\n")
+
+
+def remove(path):
+    if dist.RANK == 0:
+        path.unlink(missing_ok=True)
 
 
 def today():
@@ -183,6 +216,10 @@ def find_run(run):
 @contextlib.contextmanager
 def new_folder(path):
     """Yield a new folder to fill; at the end it takes the place of `path`. If anything fails, `path` is as it was."""
+    if dist.RANK:
+        with tempfile.TemporaryDirectory() as elsewhere:
+            yield pathlib.Path(elsewhere)
+        return
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     new, old = (path.with_name(f".{path.name}.{which}{os.getpid()}") for which in ("new", "old"))

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from cli import BadInput, append_jsonl, find_run, parse, read_json, run_main, write_whole
 from data import collate, encode, load_tasks, micro_batches, sample
+from dist import NO_BAR, RANK, shared
 from portal import load_adapters, load_config, load_converter, load_portal, saved_at
 
 METHODS = ("base", "lora", "cross_lora", "copy", "random", "portal")
@@ -29,15 +30,17 @@ def score(base, adapters, items, max_tokens):
 
     A prompt is encoded once, its continuations behind it; rows of all tasks and lengths share micro-batches.
     """
-    found = {}
-    for part in tqdm(micro_batches(items, max_tokens), desc=f"scoring on {base.name}", unit="batch", delay=2, leave=False, disable=None):
-        batch = collate(part, base.device)
-        logits = full_precision(base.logits(batch, adapters))                        # [N, vocabulary]
-        log_p = logits[batch.source, batch.target] - logits.logsumexp(-1)[batch.source]  # [M]
-        sums = torch.zeros(sum(len(item.continuations) for item in part), dtype=torch.float64, device=base.device)
-        sums = iter(sums.index_add_(0, batch.owner, log_p.double()).tolist())
-        found.update({id(item): [next(sums) for _ in item.continuations] for item in part})
-    return [found[id(item)] for item in items]
+    def log_p_of(items):
+        found, parts = {}, micro_batches(items, max_tokens)
+        for part in tqdm(parts, desc=f"scoring on {base.name}", unit="batch", delay=2, leave=False, disable=NO_BAR):
+            batch = collate(part, base.device)
+            logits = full_precision(base.logits(batch, adapters))                    # [N, vocabulary]
+            log_p = logits[batch.source, batch.target] - logits.logsumexp(-1)[batch.source]  # [M]
+            sums = torch.zeros(sum(len(item.continuations) for item in part), dtype=torch.float64, device=base.device)
+            sums = iter(sums.index_add_(0, batch.owner, log_p.double()).tolist())
+            found.update({id(item): [next(sums) for _ in item.continuations] for item in part})
+        return [found[id(item)] for item in items]
+    return shared(log_p_of, items)
 
 
 def full_precision(logits):
@@ -49,13 +52,16 @@ def decode(base, adapters, items, max_tokens):
     """For every item with a completion, in order: the greedily decoded text. Decoding stops at EOS or after twice as many
     tokens as the longest gold completion of `items` has, 16 at least. A bare base does not know that the answer is over
     and goes on in a new line: the text ends with its first line (or has as many lines as the gold completion)."""
-    found, limit = {}, max(16, 2 * max((len(item.continuations[0]) for item in items), default=0))
-    for part in micro_batches(items, max_tokens):
-        texts = base.generate([item.prompt for item in part], adapters, [item.task for item in part], limit)
-        for item, text in zip(part, texts):
-            lines = 1 + item.row.choices[0].rstrip().count("\n")
-            found[id(item)] = "\n".join(text.split("\n")[:lines])
-    return [found[id(item)] for item in items]
+    limit = max(16, 2 * max((len(item.continuations[0]) for item in items), default=0))
+    def texts_of(items):
+        found = {}
+        for part in micro_batches(items, max_tokens):
+            texts = base.generate([item.prompt for item in part], adapters, [item.task for item in part], limit)
+            for item, text in zip(part, texts):
+                lines = 1 + item.row.choices[0].rstrip().count("\n")
+                found[id(item)] = "\n".join(text.split("\n")[:lines])
+        return [found[id(item)] for item in items]
+    return shared(texts_of, items)
 
 
 def per_character(item, log_p):
@@ -228,8 +234,8 @@ def main(argv=None):
     from bases import reload_base
     from train import preset
     args = parse(__doc__, "run bases data tasks epochs batch-size lr max-tokens recompute eval-rows show device dtype "
-                          "overwrite", argv, epochs=dict(help="of the LoRA baseline"), batch_size=dict(help="of the LoRA baseline"),
-                 lr=dict(help="of the LoRA baseline"),
+                          "device-map quantize overwrite", argv, epochs=dict(help="of the LoRA baseline"),
+                 batch_size=dict(help="of the LoRA baseline"), lr=dict(help="of the LoRA baseline"),
                  overwrite=dict(help="fit the baselines again even if the run holds them"))
     run = find_run(args.run)
     saved, cfg = load_config(run)
@@ -255,7 +261,8 @@ def main(argv=None):
     def base_of(tag):
         p = provenance[tag]
         if p["base"] not in loaded:
-            loaded[p["base"]] = reload_base(p, args.device, args.dtype, args.recompute)
+            loaded[p["base"]] = reload_base(p, args.device, args.dtype, args.recompute, args.device_map,
+                                            args.quantize or p.get("quantize"))
         return loaded[p["base"]]
 
     def ensure_lora(tag):
@@ -292,7 +299,7 @@ def main(argv=None):
         for method in ("base", "lora", *transfers, "portal"):
             measure(run, method, tag, base, items, cfg.tasks, max_tokens, dict(
                 role="seen" if base.name in seen else "unseen", seed=p["seed"], n=0 if method == "base" else p["n"]))
-    if args.show:
+    if args.show or RANK:
         return
     write_results(run, cfg.tasks)
     print((run / "results.md").read_text().split("\n## ")[0])

@@ -10,7 +10,7 @@ import pathlib, time
 import torch
 
 from bases import load_base, short_names
-from cli import TOY_UNSEEN, BadInput, commas, find_run, parse, positive, read_json, run_main, today, write_json
+from cli import TOY_UNSEEN, BadInput, commas, find_run, parse, positive, read_json, remove, run_main, today, write_json
 from data import load_tasks, sample
 from portal import Converter, load_config, load_portal, save_converter
 from train import REAL, fit, portal_learner, preset, save_states
@@ -30,17 +30,19 @@ def port(run, portal, base, tag, rows, n, seed, data, settings):
     seconds = round(time.time() - start, 1)
 
     provenance = run / "converters" / f"{tag}.json"                                  # written last: without it the rest
-    provenance.unlink(missing_ok=True)                                               # does not count as a port
-    (run / "final" / "converters" / f"{tag}.safetensors").unlink(missing_ok=True)
+    remove(provenance)                                                               # does not count as a port
+    remove(run / "final" / "converters" / f"{tag}.safetensors")
     save_states([learner], settings["epochs"], lambda final: save_converter(run, portal, base.name, tag, final))
     write_json(provenance, dict(
         base=base.name, id=base.origin, revision=base.revision, ported=True, n=n, seed=seed, data=data,
-        epochs=settings["epochs"], epoch_selected=learner.epoch, seconds=seconds, date=today()))
+        epochs=settings["epochs"], epoch_selected=learner.epoch, quantize=base.quantize, seconds=seconds,
+        date=today()))
     print(f"{tag}: epoch {learner.epoch} of {settings['epochs']} selected on held-out rows; saved to {run / 'converters'}")
 
 
 def main(argv=None):
-    args = parse(__doc__, "to n run data epochs batch-size lr max-tokens recompute seed device dtype overwrite", argv,
+    args = parse(__doc__, "to n run data epochs batch-size lr max-tokens recompute seed device dtype device-map quantize "
+                 "overwrite", argv,
                  n=dict(type=commas(positive(int)), metavar="N[,N]", help="training rows a task; several: one refit each"))
     run = find_run(args.run)
     saved, cfg = load_config(run)
@@ -64,7 +66,7 @@ def main(argv=None):
     folder = pathlib.Path(folder)
     data = load_tasks(folder, cfg.tasks)
     for spec, fits in jobs:
-        base = load_base(spec, args.device, args.dtype, args.recompute)
+        base = load_base(spec, args.device, args.dtype, args.recompute, args.device_map, args.quantize)
         default = preset([base.name])["port"]
         settings = {k: getattr(args, k) or v for k, v in default.items() if k != "n"}
         for tag, n in fits:

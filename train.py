@@ -16,6 +16,7 @@ from bases import load_base, short_names
 from cli import (OUT, ROOT, TOY_SEEN, TOY_UNSEEN, BadInput, append_jsonl, new_folder, parse, read_json, run_main, today,
                  write_json)
 from data import Cycle, collate, encode, load_tasks, micro_batches, sample, to_device
+from dist import NO_BAR, share, total
 from eval import evaluate, full_precision, macro
 from portal import Config, Converter, Portal, save_portal
 
@@ -39,7 +40,8 @@ def task_gradients(base, adapters, items, max_tokens):
 
     The loss of task t is the NLL of the gold continuation, averaged over that task's answer tokens in `items`. A row
     touches only its own task's slice of A and B, so the sum over tasks is differentiated in one go and row t of each
-    gradient is still task t's alone; what weighs a task is applied there, after the fact.
+    gradient is still task t's alone; what weighs a task is applied there, after the fact. Several processes (dist.py)
+    share the rows; each counts the answer tokens of all of them, so the shares' losses and gradients are summands.
 
     -> losses [T], gradients of adapters.tensors() ([T, L, ...] each)
     """
@@ -50,14 +52,15 @@ def task_gradients(base, adapters, items, max_tokens):
     assert all(len(item.continuations) == 1 for item in items), "training takes the gold continuation alone"
     tokens = to_device(tokens, base.device)
     losses = torch.zeros_like(tokens)
-    for part in micro_batches(items, max_tokens):
+    for part in micro_batches(share(items), max_tokens):
         batch = collate(part, base.device)
         logits = full_precision(base.logits(batch, leaf))                            # [M, vocabulary]
         task = batch.task[batch.row]                                                 # [M]
         nll = F.cross_entropy(logits, batch.target, reduction="none") / tokens[task]
         nll.sum().backward()
         losses.index_add_(0, task, nll.detach().float())
-    return losses, [a.grad for a in leaf.tensors()]
+    gradients = [torch.zeros_like(a) if a.grad is None else a.grad for a in leaf.tensors()]  # None: no row was left for us
+    return total(losses), [total(g) for g in gradients]
 
 
 def balance(gradients):
@@ -167,7 +170,7 @@ def fit(what, bases, generate, learners, rows, *, epochs, batch_size, max_tokens
 
     running = {base.name: EMA() for base in bases}
     per_epoch, done = max(learner.rounds for learner in learners), 0
-    bar = tqdm(total=epochs * per_epoch, desc=what, unit="round", disable=None)
+    bar = tqdm(total=epochs * per_epoch, desc=what, unit="round", disable=NO_BAR)
     for epoch in range(1, epochs + 1):
         start, total_loss, n_tokens = time.time(), 0.0, 0
         for k in range(per_epoch):
@@ -226,8 +229,8 @@ def portal_learner(portal, rows, epochs, batch_size, lr):
 
 
 def main(argv=None):
-    args = parse(__doc__, "bases data tasks n modules rank norm epochs batch-size lr max-tokens recompute seed device dtype run "
-                          "overwrite", argv)
+    args = parse(__doc__, "bases data tasks n modules rank norm epochs batch-size lr max-tokens recompute seed device "
+                          "dtype device-map quantize run overwrite", argv)
     specs = args.bases or TOY_SEEN
     names = short_names(specs)
     default = preset(names)
@@ -245,7 +248,7 @@ def main(argv=None):
         same = read_json(run / "portal.json").get("config") == vars(cfg)
         raise BadInput(f"{run} already holds a trained run{'' if same else ' of another configuration'}; "
                        "--overwrite replaces it, --run DIR trains beside it")
-    bases = [load_base(spec, args.device, args.dtype, args.recompute) for spec in specs]
+    bases = [load_base(spec, args.device, args.dtype, args.recompute, args.device_map, args.quantize) for spec in specs]
 
     torch.manual_seed(seed)
     portal = Portal(cfg)
@@ -259,8 +262,8 @@ def main(argv=None):
             **{k: settings[k] for k in ("epochs", "batch_size", "max_tokens")})
         save_states([learner], settings["epochs"], lambda final: save_portal(folder, portal, final))
         provenance = [dict(base=b.name, id=b.origin, revision=b.revision, ported=False, n=settings["n"], seed=seed,
-                           data=str(data.resolve()), epochs=settings["epochs"], epoch_selected=learner.epoch,
-                           seconds=round(time.time() - start, 1), date=today()) for b in bases]
+                           data=str(data.resolve()), quantize=b.quantize, epochs=settings["epochs"],
+                           epoch_selected=learner.epoch, seconds=round(time.time() - start, 1), date=today()) for b in bases]
         for p in provenance:
             write_json(folder / "converters" / f"{p['base']}.json", p)
         write_json(folder / "portal.json", dict(

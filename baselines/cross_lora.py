@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from cli import read_json, write_json
+from dist import NO_BAR, RANK, wait
 from portal import Adapters, load_adapters, save_adapters
 
 K = 320                                                                              # leading singular directions kept
@@ -68,7 +69,7 @@ def delta_norm(A, B):
 def transfer(method, adapters, source, target):
     """The source base's Adapters, layer by layer through `method`, as Adapters of the target base."""
     A, B = {}, {}
-    for m in tqdm(adapters.A, desc=f"transfer to {target.name}", delay=2, leave=False, disable=None):
+    for m in tqdm(adapters.A, desc=f"transfer to {target.name}", delay=2, leave=False, disable=NO_BAR):
         pairs = [method(adapters.A[m][:, s], adapters.B[m][:, s], source.weight(m, s), target.weight(m, l))
                  for l in range(target.layers) for s in [same_depth(l, target.layers, source.layers)]]
         A[m], B[m] = (torch.stack(side, 1).contiguous() for side in zip(*pairs))     # [T, L, ...]
@@ -84,8 +85,9 @@ def transfer_all(run, tag, target, source, seed):
     methods = {"cross_lora": cross_lora, "copy": copy, "random": lambda *args: random(*args, generator)}
     for name, method in methods.items():
         path = run / "baselines" / name / f"{tag}.json"
-        if not path.exists() or read_json(path) != origin:
+        if RANK == 0 and (not path.exists() or read_json(path) != origin):
             lora = load_adapters(run / "baselines" / "lora" / f"{source.name}.safetensors", source.device)
             save_adapters(path.with_name(f"{tag}.safetensors"), transfer(method, lora, source, target))
             write_json(path, origin)
+    wait()                                                                           # the others read what 0 has written
     return tuple(methods)

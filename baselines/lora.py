@@ -9,7 +9,8 @@ import time
 import torch
 from torch import nn
 
-from cli import today, write_json
+from cli import remove, today, write_json
+from dist import wait
 from portal import MODULES, Adapters, save_adapters
 from train import Learner, fit, rounds_of, save_states
 
@@ -50,11 +51,12 @@ def fit_lora(run, tag, base, rows, provenance, settings):
     fit(f"LoRA {tag}", [base], loras.adapters, learners, rows, seed=provenance["seed"], log=run / "log.jsonl", ema=False,
         **{k: settings[k] for k in ("epochs", "batch_size", "max_tokens")})
     path = run / "baselines" / "lora" / f"{tag}.json"                                # written last: without it the LoRA
-    path.unlink(missing_ok=True)                                                     # counts as missing
+    remove(path)                                                                     # counts as missing
     selected, last = (root / "baselines" / "lora" / f"{tag}.safetensors" for root in (run, run / "final"))
-    last.unlink(missing_ok=True)
+    remove(last)
     save_states(learners, settings["epochs"], lambda final: save_adapters(last if final else selected, loras.adapters()))
     write_json(path, dict(
         {key: provenance[key] for key in ("base", "id", "revision", "n", "seed", "data")}, settings=settings,
         epoch_selected={task: learner.epoch for task, learner in zip(rows, learners)},
         seconds=round(time.time() - start, 1), date=today()))
+    wait()                                                                           # evaluation reads it in every process

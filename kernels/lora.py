@@ -178,29 +178,33 @@ def outer_kernel(s, x, task, out, R, S, D, r, rows, tiles, sR, sS, sr, xR, xS, x
 # ---------------------------------------------------------------------------------------------- the three, differentiated
 class LoRALinear(torch.autograd.Function):
     """The frozen linear layer and the low-rank part as one node, so that the low-rank part can be added in place: to the
-    y that the frozen matmul has just made, and to its dx. W and its bias are frozen and get no gradient."""
+    y that the frozen matmul has just made, and to its dx. W and its bias are frozen and get no gradient.
+
+    W None: the frozen layer's y comes from outside, and so does its part of dx. Both are others' and cannot be added to."""
 
     @staticmethod
-    def forward(ctx, x, W, bias, A, B, task, scale):
-        s = shrink(x, A, task, scale)                                                # [R, S, r]
-        ctx.save_for_backward(x, W, A, B, task, s)
-        ctx.scale = scale
-        return expand_add_(F.linear(x, W, bias), s, B, task)                         # [R, S, d_out]
+    def forward(ctx, x, y, W, bias, A, B, task, scale):
+        with torch.cuda.device_of(x):                                                # Triton launches on the current GPU;
+            s = shrink(x, A, task, scale)                                            # bases may be on several     [R, S, r]
+            ctx.save_for_backward(x, W, A, B, task, s)
+            ctx.scale = scale
+            return expand_add_(y.clone() if W is None else F.linear(x, W, bias), s, B, task)  # [R, S, d_out]
 
     @staticmethod
     def backward(ctx, dy):
         x, W, A, B, task, s = ctx.saved_tensors
-        need_x, _, _, need_A, need_B, _, _ = ctx.needs_input_grad
+        need_x, need_y, _, _, need_A, need_B, _, _ = ctx.needs_input_grad
         dx = dA = dB = None
         if need_x or need_A:
             ds = shrink(dy, B.transpose(1, 2), task, ctx.scale)                      # [R, S, r]
         if need_x:                                                                   # not in the first layer: embeddings
-            dx = expand_add_(dy @ W, ds, A.transpose(1, 2), task)                    # are frozen     [R, S, d_in]
+            frozen = torch.zeros_like(x) if W is None else dy @ W                    # are frozen
+            dx = expand_add_(frozen, ds, A.transpose(1, 2), task)                    # [R, S, d_in]
         if need_A:
             dA = outer(ds, x, task, len(A)).to(A.dtype)                              # [T, r, d_in]
         if need_B:
             dB = outer(s, dy, task, len(B)).transpose(1, 2).to(B.dtype)              # [T, d_out, r]
-        return dx, None, None, dA, dB, None, None
+        return dx, dy if need_y else None, None, None, dA, dB, None, None
 
 
 def lora_linear(x, W, bias, A, B, task, scale):
@@ -210,9 +214,19 @@ def lora_linear(x, W, bias, A, B, task, scale):
     on x's device -> [R, S, d_out]. A and B may be wider than x (float32 beside bf16): they are rounded tile by tile and
     their gradients are not rounded at all. Raises ValueError for shapes that do not fit.
     """
+    check(x, W.shape, A, B, task)
+    return LoRALinear.apply(x, None, W, bias, A, B, task, scale)
+
+
+def lora_add(y, x, A, B, task, scale):
+    """y + scale * (x A_t^T) B_t^T, differentiable in y, x, A and B: the same for a layer that keeps its W to itself, as a
+    quantised one does, and has given y [R, S, d_out] for x [R, S, d_in]."""
+    check(x, (y.shape[-1], x.shape[-1]), A, B, task)
+    return LoRALinear.apply(x, y, None, None, A, B, task, scale)
+
+
+def check(x, W_shape, A, B, task):
     fits = x.dim() == 3 and A.dim() == B.dim() == 3 and task.shape == x.shape[:1] and len(A) == len(B)
-    if not (fits and A.shape[2] == x.shape[2] == W.shape[1] and B.shape[1] == W.shape[0] and A.shape[1] == B.shape[2]):
-        raise ValueError(f"lora_linear: x {[*x.shape]}, W {[*W.shape]}, A {[*A.shape]}, B {[*B.shape]}, task {[*task.shape]} "
+    if not (fits and A.shape[2] == x.shape[2] == W_shape[1] and B.shape[1] == W_shape[0] and A.shape[1] == B.shape[2]):
+        raise ValueError(f"x {[*x.shape]}, W {[*W_shape]}, A {[*A.shape]}, B {[*B.shape]}, task {[*task.shape]} "
                          "do not fit [R, S, d_in], [d_out, d_in], [T, r, d_in], [T, d_out, r], [R]")
-    with torch.cuda.device_of(x):                                                    # where Triton launches; nothing on a CPU
-        return LoRALinear.apply(x, W, bias, A, B, task, scale)

@@ -2,6 +2,7 @@
 import copy
 
 import gguf, numpy as np, peft, pytest, torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from conftest import ARCHITECTURES, lora_hooks, peft_projections, save_tiny, tiny_base, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -9,6 +10,7 @@ from bases import Base, find_projections, load_base, resolve, short_names
 from cli import BadInput
 from data import Item, Row, collate
 from portal import MODULES, Adapters
+from train import task_gradients
 
 
 def random_adapters(base, tasks=3, rank=4, modules=MODULES, seed=0, dtype=torch.float32):
@@ -177,6 +179,121 @@ def test_a_half_precision_load_is_transformers_own(tmp_path):
     assert {n: b.dtype for n, b in base.model.named_buffers()} == {n: b.dtype for n, b in model.named_buffers()}
     ids = torch.tensor([list(range(4, 50)) * 2])
     assert torch.equal(base.model(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+# ------------------------------------------------------------------------------------------------ bigger than one device
+@pytest.mark.parametrize("device_map", [{"": "cpu"}, "auto"])
+def test_a_base_that_accelerate_places_is_the_same(tmp_path, device_map):
+    """Without a GPU "auto" puts all on the CPU."""
+    folder = save_tiny(tmp_path / "base", "gemma3")
+    plain, placed = load_base(str(folder)), load_base(str(folder), device_map=device_map)
+    batch, adapters = collate(items(3), placed.device), random_adapters(plain)
+    torch.testing.assert_close(placed.logits(batch, adapters.map(lambda a: a.to(placed.device))).cpu(),
+                               plain.logits(collate(items(3)), adapters))
+
+
+def test_a_base_that_fits_nowhere_is_refused(tmp_path):
+    """accelerate leaves on the meta device what it would fetch from the disk, layer by layer."""
+    folder = save_tiny(tmp_path / "base")
+    places = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu",
+              **{f"model.layers.{i}": "disk" if i == 2 else "cpu" for i in range(3)}}
+    with pytest.raises(BadInput, match="base.*(too big|could not be loaded)"):
+        load_base(str(folder), device_map=places)
+
+
+class Packed(torch.nn.Linear):
+    """Stands in for a quantised layer: int8 weights, laid out in its own way; only its forward can read them."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.bias, self.scale = linear.bias, linear.weight.detach().abs().amax(1, keepdim=True) / 127  # [d_out, 1]
+        self.weight = torch.nn.Parameter((linear.weight / self.scale).round().to(torch.int8).flatten(), requires_grad=False)
+
+    def unpacked(self):
+        return self.weight.view(self.out_features, self.in_features) * self.scale
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.unpacked().to(x.dtype), self.bias)
+
+
+def packed_and_unpacked(architecture="qwen2"):
+    """Two models of the same numbers: with Packed projections, and with plain ones. Qwen2's have biases."""
+    packed, plain = tiny_model(architecture), tiny_model(architecture)
+    for path in [path for path, module in plain.named_modules() if path.endswith("_proj")]:
+        packed.set_submodule(path, Packed(plain.get_submodule(path)))
+        plain.get_submodule(path).weight.data = packed.get_submodule(path).unpacked()
+    return packed, plain
+
+
+def test_a_layer_that_keeps_its_weight_to_itself_is_adapted_all_the_same():
+    """Logits, losses, gradients on A and B and the weights as Cross-LoRA reads them: those of the plain model."""
+    packed, plain = (Base(model, tiny_tokenizer()) for model in packed_and_unpacked())
+    adapters, rows = random_adapters(plain), items()
+    assert packed.dims == plain.dims and type(packed.linears[0]["q"]) is Packed and packed.linears[0]["q"].bias is not None
+    batch = collate(items(3))
+    torch.testing.assert_close(packed.logits(batch), plain.logits(batch))
+    torch.testing.assert_close(packed.logits(batch, adapters), plain.logits(batch, adapters))
+    assert not torch.allclose(plain.logits(batch, adapters), plain.logits(batch), atol=0.1)
+    (losses, gradients), (want_losses, want) = (task_gradients(base, adapters, rows, 1000) for base in (packed, plain))
+    torch.testing.assert_close(losses, want_losses)
+    for got, expected in zip(gradients, want, strict=True):
+        assert expected.abs().max() > 1e-4
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+    packed.recompute_layers()
+    assert all(torch.equal(a, b) for a, b in zip(gradients, task_gradients(packed, adapters, rows, 1000)[1]))
+    for m in MODULES:
+        assert torch.equal(packed.weight(m, 1), plain.weight(m, 1))
+    assert packed.linears[0]["q"].bias is not None
+
+
+def test_a_cast_leaves_packed_weights_alone(tmp_path, monkeypatch):
+    folder, (packed, _) = save_tiny(tmp_path / "base"), packed_and_unpacked()
+    whole = packed.model.layers[0].mlp.up_proj.weight.clone()
+    monkeypatch.setattr("bases.pretrained", lambda cls, spec, **options: packed if cls is AutoModelForCausalLM else tiny_tokenizer())
+    base = load_base(str(folder), dtype=torch.bfloat16)
+    assert torch.equal(base.linears[0]["up"].weight, whole) and base.model.model.norm.weight.dtype == torch.bfloat16
+    assert torch.isfinite(base.logits(collate(items()), random_adapters(base))).all()
+
+
+def test_four_bits_need_cuda_and_bitsandbytes(tmp_path, monkeypatch):
+    folder = save_tiny(tmp_path / "base")
+    with pytest.raises(BadInput, match="--quantize 4bit needs a CUDA device; this is --device cpu"):
+        load_base(str(folder), quantize="4bit")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(BadInput, match="needs bitsandbytes, which is not installed: pip install bitsandbytes"):
+        load_base(str(folder), device="cuda", quantize="4bit")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device_map", [None, "auto"])
+def test_four_bits_on_a_gpu_are_the_model_of_the_dequantised_weights(tmp_path, device_map):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    folder = save_tiny(tmp_path / "base", "qwen2")
+    base = load_base(str(folder), "cuda", torch.float32, device_map=device_map, quantize="4bit")
+    model = tiny_model("qwen2").cuda()
+    for (m, layer), path in base.paths().items():
+        W, linear = base.weight(m, layer), model.get_submodule(path)
+        assert isinstance(base.linears[layer][m], bitsandbytes.nn.Linear4bit) and not torch.equal(W, linear.weight)
+        assert float((W - linear.weight).norm() / linear.weight.norm()) < 0.15
+        linear.weight.data = W
+    plain = Base(model, tiny_tokenizer())
+    adapters, batch = random_adapters(plain).map(lambda a: a.cuda()), collate(items(3), "cuda")
+    torch.testing.assert_close(base.logits(batch, adapters), plain.logits(batch, adapters), rtol=1e-3, atol=1e-3)
+    for got, want in zip(task_gradients(base, adapters, items(), 1000)[1], task_gradients(plain, adapters, items(), 1000)[1]):
+        torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_layers_on_two_devices_are_the_same_model():
+    """The middle layer on a GPU and all else on the CPU, with the hooks that accelerate moves activations by."""
+    model = tiny_model()
+    add_hook_to_module(model.model.layers[1].cuda(), AlignDevicesHook(execution_device="cuda", io_same_device=True))
+    base, plain = Base(model, tiny_tokenizer()), tiny_base()
+    adapters, batch = random_adapters(plain), collate(items(3))
+    assert base.device.type == "cpu" and base.linears[1]["q"].weight.is_cuda
+    torch.testing.assert_close(base.logits(batch, adapters), plain.logits(batch, adapters), rtol=1e-3, atol=1e-3)
+    for got, want in zip(task_gradients(base, adapters, items(), 1000)[1], task_gradients(plain, adapters, items(), 1000)[1]):
+        torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-4)
 
 
 def test_a_gguf_file_loads_with_the_same_logits(tmp_path):

@@ -101,6 +101,21 @@ def test_B_zero_is_the_base_bit_for_bit_and_twice_run_is_bit_equal(interpreted):
     assert all(torch.equal(a, b) for a, b in zip(run(lora.lora_linear, inputs, dy), run(lora.lora_linear, inputs, dy)))
 
 
+@pytest.mark.parametrize("triton_too", [False, True])
+def test_a_frozen_layer_may_do_its_own_part(triton_too, request):
+    """lora_add on a y that comes from outside, with a graph of its own: the same y and gradients, and y is left as it was."""
+    if triton_too:
+        request.getfixturevalue("interpreted")
+    inputs, dy = case(MIXED, 8, dtype=torch.float32)
+    given = []
+    def added(x, W, bias, A, B, task, scale):
+        given.append(torch.nn.functional.linear(x, W, bias))
+        given.append(given[0].detach().clone())
+        return lora.lora_add(given[0], x, A, B, task, scale)
+    got, want = run(added, inputs, dy), run(loop, *in_float64(inputs, dy))
+    assert max(errors(got, want)) < 1e-6 and torch.equal(*given)
+
+
 def test_no_work_for_gradients_nobody_needs(monkeypatch):
     """A first layer's x needs no gradient; a frozen A none either: then there is no ds at all."""
     inputs, dy = case(MIXED, 8)
@@ -118,6 +133,8 @@ def test_shapes_that_do_not_fit_are_refused():
                   (x, W, bias, A, B[:, :, 1:], task), (x, W, bias, A, B, task[1:])):
         with pytest.raises(ValueError, match="do not fit"):
             lora.lora_linear(*wrong, 1.0)
+    with pytest.raises(ValueError, match="do not fit"):
+        lora.lora_add(torch.zeros(4, 37, 149), x, A, B, task, 1.0)
 
 
 COMPILE = """
