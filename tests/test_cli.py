@@ -208,9 +208,12 @@ def test_a_dry_run_rehearses_the_fit_and_writes_nothing(world, capsys, monkeypat
 
 @pytest.mark.parametrize("module", [train, port, evaluation, export, interop])
 def test_the_help_has_every_flag_in_its_group_and_the_presets(module, capsys, monkeypatch):
-    preset = {train: train.TOY, port: train.TOY["port"], evaluation: train.TOY["lora"]}.get(module)
-    if preset:
-        monkeypatch.setitem(preset, "batch_size", 77)
+    parts = {train: lambda preset: preset, port: lambda preset: preset["port"], evaluation: lambda preset: preset["lora"]}
+    part = parts.get(module)
+    if part:
+        monkeypatch.setitem(part(train.TOY), "batch_size", 77)
+        monkeypatch.setitem(part(train.REAL), "batch_size", 66)
+        monkeypatch.setitem(part(train.REAL), "max_tokens", part(train.TOY)["max_tokens"])
     required = ["--to", "a", "--task", "b", "--out", "c"] if module is export else []
     assert command(module, *required, "--nonsense") == 2
     accepted = set(re.findall(r"--[a-z-]+", capsys.readouterr().err.split("accepted:")[1]))
@@ -228,8 +231,8 @@ def test_the_help_has_every_flag_in_its_group_and_the_presets(module, capsys, mo
     groups |= {"--help": "options"} | ({} if module is export else {"--task": groups["--tasks"]})
     assert found == {flag: groups[flag] for flag in found}
     text = " ".join(text.split())
-    if preset:
-        assert "(default: 77 on the toy, else 4)" in text and "padding included (default: 4096)" in text
+    if part:
+        assert "(default: 77 on the toy, else 66)" in text and "padding included (default: 4096)" in text
     if module is train:
         assert "k,v,o,gate,up,down (default: q,v)" in text and "adapters (default: 8)" in text
 
