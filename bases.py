@@ -51,6 +51,11 @@ def resolve(spec):
                    "a Hugging Face model folder or a .gguf file")
 
 
+def short_name(spec):
+    """resolve()'s short name of a base that a run holds, whether or not the base is still there."""
+    return pathlib.Path(spec.split("@")[0]).name.removesuffix(".gguf").lower()
+
+
 def lasting(spec):
     """How provenance names a base: an alias of the toy, a hub id, or a path that outlives a cd."""
     _, where, _, gguf = resolve(spec)

@@ -109,49 +109,84 @@ def seed(text):
     return int(text)
 
 
-FLAGS = {  # one meaning everywhere; a default of None means "the preset below" or "what the run was trained with"
-    "run": dict(type=pathlib.Path, metavar="DIR", help="run folder (train: out/<bases>; else the run trained last)"),
-    "bases": dict(type=commas(), metavar="A,B", help="aliases, hub ids (org/name@revision), local folders or .gguf files"),
-    "to": dict(type=commas(), metavar="A,B", help="the bases to port to, named like --bases"),
-    "data": dict(type=pathlib.Path, metavar="DIR", help="folder of tasks: DIR/<task>/{train,eval}.jsonl"),
-    "tasks": dict(type=commas(), metavar="A,B", help="which tasks of the data folder (default: all); --task is the same"),
-    "n": dict(type=positive(int), help="training rows a task, a seeded random sample (held-out rows are part of it)"),
-    "modules": dict(type=modules, help="adapted projections: q,v (default) or all"),
-    "norm": dict(choices=["layer", "none"], help="LayerNorm in the trunk, or the write-up's trunk as printed"),
-    "rank": dict(type=positive(int), help="rank of the generated adapters"),
-    "epochs": dict(type=positive(int), help="passes over the largest task"),
-    "batch-size": dict(type=positive(int), help="rows of every task in a round"),
-    "lr": dict(type=positive(float), help="learning rate of core and converter (z: twice that)"),
-    "seed": dict(type=seed, help="seed of everything random"),
-    "device": dict(type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="torch device"),
-    "dtype": dict(choices=["float32", "bfloat16", "float16"], help="of the frozen base (CPU: float32, GPU: bfloat16)"),
-    "device-map": dict(choices=["auto"], help="spread a base that is too big for one GPU over all of them (accelerate)"),
-    "quantize": dict(choices=["4bit"], help="hold the base's weights in 4 bits, NF4 (bitsandbytes; CUDA)"),
-    "max-tokens": dict(type=positive(int), help="token budget of a micro-batch, padding included"),
-    "recompute": dict(action="store_true", help="keep no layer's inner activations: less memory, more time"),
-    "eval-rows": dict(type=positive(int), help="evaluation rows a task, a seeded random sample (default: all)"),
-    "show": dict(type=positive(int), metavar="N", help="print N evaluation rows a task, before and after; write nothing"),
-    "artifact": dict(type=pathlib.Path, metavar="DIR", help="a portallib artifact to read: config.json, model.safetensors"),
-    "ported": dict(action="store_true", help="the artifact is a refit: its base counts as unseen"),
-    "task": dict(metavar="TASK", help="the task, or 'all'"),
-    "method": dict(choices=["portal", "lora", "cross_lora", "copy", "random"], default="portal", help="whose adapters"),
-    "merge": dict(action="store_true", help="write the whole model with the adapter in its weights (stored as --dtype)"),
-    "out": dict(type=pathlib.Path, metavar="DIR", help="the folder to write"),
-    "overwrite": dict(action="store_true", help="replace what the run folder already holds"),
+# {group of the help: {flag: ...}}; one meaning everywhere. A default of None means "the preset" (train.py) or "what the run
+# was trained with".
+FLAGS = {
+    "what to work on": {
+        "bases": dict(type=commas(), metavar="A,B",
+                      help="aliases, hub ids (org/name@revision), local folders or .gguf files"),
+        "to": dict(type=commas(), metavar="A,B", help="the bases to port to, named like --bases"),
+        "data": dict(type=pathlib.Path, metavar="DIR", help="folder of tasks: DIR/<task>/{train,eval}.jsonl"),
+        "tasks": dict(type=commas(), metavar="A,B", help="some of the tasks (default: all); --task is the same"),
+        "task": dict(metavar="TASK", help="the task, or 'all'"),
+        "add-task": dict(type=pathlib.Path, metavar="DIR",
+                         help="learn one more task, DIR/{train,eval}.jsonl, with core and converters of the run frozen; "
+                              "--bases: on some of the bases that the core was trained on"),
+        "n": dict(type=positive(int), metavar="N",
+                  help="training rows a task, a seeded random sample (held-out rows are part of it)"),
+        "eval-rows": dict(type=positive(int), metavar="N",
+                          help="evaluation rows a task, a seeded random sample (default: all)"),
+        "method": dict(choices=["portal", "lora", "cross_lora", "copy", "random"], default="portal", help="whose adapters"),
+        "artifact": dict(type=pathlib.Path, metavar="DIR",
+                         help="a portallib artifact to read: config.json, model.safetensors"),
+        "ported": dict(action="store_true", help="the artifact is a refit: its base counts as unseen"),
+    },
+    "the method": {
+        "modules": dict(type=modules, metavar="A,B", help="adapted projections: 'all' or some of q,k,v,o,gate,up,down"),
+        "rank": dict(type=positive(int), metavar="N", help="rank of the generated adapters"),
+        "norm": dict(choices=["layer", "none"], help="LayerNorm in the trunk, or the write-up's trunk as printed"),
+    },
+    "the optimiser": {
+        "epochs": dict(type=positive(int), metavar="N", help="passes over the largest task"),
+        "batch-size": dict(type=positive(int), metavar="N", help="rows of every task in a round"),
+        "lr": dict(type=positive(float), metavar="RATE", help="learning rate of core and converter (z: twice that)"),
+        "seed": dict(type=seed, metavar="N", help="seed of everything random (train: 0; else the run's)"),
+    },
+    "the machine": {
+        "device": dict(type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="torch device"),
+        "dtype": dict(choices=["float32", "bfloat16", "float16"], help="of the frozen base (CPU: float32, GPU: bfloat16)"),
+        "device-map": dict(choices=["auto"], help="spread a base that is too big for one GPU over all of them (accelerate)"),
+        "quantize": dict(choices=["4bit"], help="hold the base's weights in 4 bits, NF4 (bitsandbytes; CUDA)"),
+        "max-tokens": dict(type=positive(int), metavar="N", help="token budget of a micro-batch, padding included"),
+        "recompute": dict(action="store_true", help="keep no layer's inner activations: less memory, more time"),
+    },
+    "the run and its files": {
+        "run": dict(type=pathlib.Path, metavar="DIR", help="run folder (train: out/<bases>; else the run trained last)"),
+        "out": dict(type=pathlib.Path, metavar="DIR", help="the folder to write"),
+        "merge": dict(action="store_true",
+                      help="write the whole model with the adapter in its weights (stored as --dtype)"),
+        "overwrite": dict(action="store_true", help="replace what the run folder already holds"),
+        "dry-run": dict(action="store_true", help="load everything, run a few rounds, say what the whole would take in "
+                                                  "memory and time; write nothing"),
+        "show": dict(type=positive(int), metavar="N",
+                     help="print N evaluation rows a task, before and after; write nothing"),
+        "log": dict(nargs="?", const=True, type=pathlib.Path, metavar="FILE",
+                    help="draw loss and held-out acc_norm of the run's log.jsonl, or of FILE, as a .png beside it; no more"),
+    },
 }
 
 
-def parse(description, names, argv=None, **changes):
-    """Parse the flags `names` (spelled as on the command line); `changes` overrides a shared flag or describes its own."""
-    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in names.split():
-        also = ["--task"] if name == "tasks" else []
-        parser.add_argument("--" + name, *also, **{**FLAGS.get(name, {}), **changes.get(name.replace("-", "_"), {})})
+def parse(description, names, argv=None, defaults=({}, {}), **changes):
+    """Parse the flags `names` (spelled as on the command line); `changes` overrides a shared flag or describes its own.
+    `defaults`: what stands for a flag that is not given, on the toy and on other bases ({name: value}), for the help."""
+    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    usage="python %(prog)s [--flag VALUE ...]")
+    wanted, shared = names.split(), set().union(*FLAGS.values())
+    for title, flags in [*FLAGS.items(), ("its own", {name: {} for name in wanted if name not in shared})]:
+        group = parser.add_argument_group(title)                                     # one without flags is not printed
+        for name in [name for name in flags if name in wanted]:
+            key = name.replace("-", "_")
+            spec = {**flags[name], **changes.get(key, {})}
+            toy, real = (preset.get(key, spec.get("default")) for preset in defaults)
+            if real:
+                shown = real if toy == real else f"{toy} on the toy, else {real}"
+                spec["help"] += f" (default: {','.join(shown) if isinstance(shown, list) else shown})"
+            group.add_argument("--" + name, *(["--task"] if name == "tasks" else []), **spec)
     args = parser.parse_args(argv)
     if getattr(args, "device_map", None):
         if dist.WORLD > 1:
             parser.error("--device-map gives all GPUs to one process, torchrun one to each; it is one or the other")
-        args.device = FLAGS["device"]["default"]
+        args.device = FLAGS["the machine"]["device"]["default"]
     if "dtype" in args:
         args.dtype = getattr(torch, args.dtype or ("float32" if args.device.startswith("cpu") else "bfloat16"))
     return args

@@ -116,6 +116,16 @@ def load_tasks(folder, tasks=None, report=stop):
     return data
 
 
+def load_run_tasks(saved, folder):
+    """The tasks of a run (`saved`: its portal.json), in its order: those that the core was trained with from `folder`, and
+    those added later (train.py --add-task) each from where it was."""
+    added = saved.get("added", {})
+    data = load_tasks(folder, [task for task in saved["config"]["tasks"] if task not in added])
+    for task, how in added.items():
+        data |= load_tasks(pathlib.Path(how["folder"]).parent, [task])
+    return data
+
+
 def sample(rows, n, seed):
     """A seeded random sample of n rows: (rows to fit on, rows held out of it to choose the epoch by).
 

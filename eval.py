@@ -3,6 +3,7 @@
     python eval.py                     everything the run trained last holds; missing baselines are fitted first
     python eval.py --bases toy-gemma   only these bases
     python eval.py --task rte --show 5 five rows with every score before and after PorTAL; nothing is written
+    python eval.py --log               the loss and the held-out scores of log.jsonl, as a plot
 
     score(choice) = log p(choice | prompt) / characters(choice)       the leading space counts
     acc_norm      = share of rows whose gold choice scores above every other (a tie is an error)
@@ -10,13 +11,13 @@
     exact match    = share of open rows whose greedy decoding is the completion; it stands where acc_norm does
     recovered lift = (acc - acc_base) / (acc_LoRA - acc_base)         retention = acc / acc_LoRA
 """
-import json, os, pathlib, platform, time
+import contextlib, json, os, pathlib, platform, time
 
 import torch
 from tqdm import tqdm
 
 from cli import BadInput, append_jsonl, find_run, parse, read_json, run_main, write_whole
-from data import collate, encode, load_tasks, micro_batches, sample
+from data import collate, encode, load_run_tasks, micro_batches, sample
 from dist import NO_BAR, RANK, shared
 from portal import load_adapters, load_config, load_converter, load_portal, saved_at
 
@@ -171,7 +172,8 @@ def hardware():
 
 def write_results(run, tasks):
     """results.md and one bar plot a base, drawn from results.jsonl alone."""
-    found, seen = read_results(run), [b["base"] for b in read_json(run / "portal.json")["bases"]]
+    found, saved = read_results(run), read_json(run / "portal.json")
+    seen, added = [b["base"] for b in saved["bases"]], saved.get("added", {})
     rows, seeds = (sorted({row[key] for cells in found.values() for row in cells.values()}) for key in ("rows", "seed"))
     opened = sorted({row["task"] for cells in found.values() for row in cells.values() if "metric" in row})
     lines = [f"# Results of {run.resolve().name}", "",
@@ -179,7 +181,9 @@ def write_results(run, tasks):
              f"seed {', '.join(map(str, seeds))}; {hardware()}.", "",
              "Macro averages over the tasks. `best`: the epoch selected on rows held out of train; `final`: the last epoch. "
              "Lift and retention are of the selected epoch, against the LoRA fitted on the same rows."
-             + (f" Exact match of the decoded text stands for acc_norm in {', '.join(opened)}." if opened else ""), "",
+             + (f" Exact match of the decoded text stands for acc_norm in {', '.join(opened)}." if opened else "")
+             + "".join(f" {task} was learned later, on {', '.join(how['bases'])}, with the core frozen."
+                       for task, how in added.items()), "",
              "| base | role | n | method | acc_norm best | acc_norm final | log_loss best | recovered lift | retention |",
              "|---" * 9 + "|"]
     details = []
@@ -211,38 +215,84 @@ def write_results(run, tasks):
     write_whole(run / "results.md", lambda p: p.write_text("\n".join(lines + details) + "\n"))
 
 
-def plot(path, title, tasks, bars):
-    """Bars a task, one colour a method."""
+@contextlib.contextmanager
+def drawing(path, width, columns=1):
+    """Yield axes (or `columns` of them) to draw on; they become the PNG at `path`."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(2 + 0.8 * len(tasks), 3.6))
-    for k, (method, values) in enumerate(bars.items()):
-        places = [t + (k - (len(bars) - 1) / 2) * 0.8 / len(bars) for t in range(len(tasks))]
-        axes.bar(places, values, 0.8 / len(bars), label=method)
-    axes.set_xticks(range(len(tasks)), tasks, rotation=35, ha="right")
-    axes.set_ylim(0, 1), axes.set_ylabel("acc_norm"), axes.set_title(title)
-    axes.legend(ncols=len(bars), loc="lower center", bbox_to_anchor=(0.5, 1.08), frameon=False)
-    figure.tight_layout()
-    write_whole(path, lambda p: figure.savefig(p, format="png", dpi=110))
-    plt.close(figure)
+    figure, axes = plt.subplots(ncols=columns, figsize=(width, 3.6))
+    try:
+        yield axes
+        figure.tight_layout()
+        write_whole(path, lambda p: figure.savefig(p, format="png", dpi=110))
+    finally:
+        plt.close(figure)
+
+
+def plot(path, title, tasks, bars):
+    """Bars a task, one colour a method."""
+    with drawing(path, 2 + 0.8 * len(tasks)) as axes:
+        for k, (method, values) in enumerate(bars.items()):
+            places = [t + (k - (len(bars) - 1) / 2) * 0.8 / len(bars) for t in range(len(tasks))]
+            axes.bar(places, values, 0.8 / len(bars), label=method)
+        axes.set_xticks(range(len(tasks)), tasks, rotation=35, ha="right")
+        axes.set_ylim(0, 1), axes.set_ylabel("acc_norm"), axes.set_title(title)
+        axes.legend(ncols=len(bars), loc="lower center", bbox_to_anchor=(0.5, 1.08), frameon=False)
+
+
+def log_curves(path):
+    """log.jsonl -> {fit: {epoch: (loss, held-out acc_norm or None)}}. A fit that was started again replaces what it had
+    from that epoch on."""
+    curves = {}
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: not readable ({error})")
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            if row["event"] == "epoch":
+                curve = {k: v for k, v in curves.get(row["what"], {}).items() if k < row["epoch"]}
+                curves[row["what"]] = {**curve, row["epoch"]: (row["loss"], row["held_acc_norm"])}
+        except (ValueError, KeyError, TypeError):
+            raise BadInput(f"{path}:{number}: not a row of a training log")
+    return curves
+
+
+def plot_log(path):
+    """Loss and held-out acc_norm against the epoch, a line a fit, as a PNG beside log.jsonl."""
+    curves = log_curves(path)
+    with drawing(path.with_suffix(".png"), 11, columns=2) as axes:
+        for which, (side, label) in enumerate(zip(axes, ("loss", "held-out acc_norm"))):
+            for what, curve in curves.items():
+                points = [(epoch, pair[which]) for epoch, pair in curve.items() if pair[which] is not None]
+                side.plot([x for x, _ in points], [y for _, y in points], marker="o", label=what)
+            side.set_xlabel("epoch"), side.set_ylabel(label), side.xaxis.get_major_locator().set_params(integer=True)
+        axes[0].set_yscale("log"), axes[1].set_ylim(0, 1.02)
+        axes[0].legend(frameon=False, fontsize="small")
+    print(f"drawn: {path.with_suffix('.png')}")
 
 
 # ---------------------------------------------------------------------------------------------- the command
 def main(argv=None):
     from baselines import cross_lora, lora    # these train with train.fit, which scores its epochs with this file
-    from bases import reload_base
-    from train import preset
-    args = parse(__doc__, "run bases data tasks epochs batch-size lr max-tokens recompute eval-rows show device dtype "
-                          "device-map quantize overwrite", argv, epochs=dict(help="of the LoRA baseline"),
-                 batch_size=dict(help="of the LoRA baseline"), lr=dict(help="of the LoRA baseline"),
+    from bases import reload_base, short_name
+    from train import REAL, TOY, preset
+    args = parse(__doc__, "run bases data tasks epochs batch-size lr max-tokens recompute eval-rows show log device dtype "
+                          "device-map quantize overwrite", argv, (TOY["lora"], REAL["lora"]),
+                 epochs=dict(help="of the LoRA baseline"), batch_size=dict(help="of the LoRA baseline"),
+                 lr=dict(help="of the LoRA baseline"),
                  overwrite=dict(help="fit the baselines again even if the run holds them"))
+    if args.log:
+        return plot_log(find_run(args.run) / "log.jsonl" if args.log is True else args.log)
     run = find_run(args.run)
     saved, cfg = load_config(run)
+    added = {task: how["folder"] for task, how in saved.get("added", {}).items()}
     seen = [b["base"] for b in saved["bases"]]
     provenance = {p.stem: read_json(p) for p in sorted((run / "converters").glob("*.json"))}  # {tag: ...}
     held = [*seen, *sorted({p["base"] for p in provenance.values()} - set(seen))]
-    chosen = [pathlib.Path(name.split("@")[0]).name.removesuffix(".gguf").lower() for name in args.bases or held]
+    chosen = [short_name(name) for name in args.bases or held]
     for name in chosen:
         if name not in held:
             raise BadInput(f"base {name!r} is not in {run}; it holds {', '.join(held)}; python port.py --to NAME adds one")
@@ -253,7 +303,7 @@ def main(argv=None):
     for task in args.tasks or ():
         if task not in cfg.tasks:
             raise BadInput(f"--tasks: unknown task {task!r}; this run knows {', '.join(cfg.tasks)}")
-    data = load_tasks(args.data or pathlib.Path(saved["data"]), cfg.tasks)
+    data = load_run_tasks(saved, args.data or pathlib.Path(saved["data"]))
     n = args.show or args.eval_rows
     rows = [row for task in args.tasks or cfg.tasks for row in sum(sample(data[task]["eval"], n, 0), [])]
     loaded, fitted = {}, set()
@@ -266,19 +316,20 @@ def main(argv=None):
         return loaded[p["base"]]
 
     def ensure_lora(tag):
-        """Fit the per-task LoRAs of a base on the very rows its converter was fitted on, unless they are there."""
+        """Fit the per-task LoRAs of a base on the very rows its converter was fitted on (of a task that was added since:
+        on as many), unless they are there."""
         if tag in fitted:
             return
         fitted.add(tag)
-        p, path = provenance[tag], run / "baselines" / "lora" / f"{tag}.json"
-        there = path.exists() and all(read_json(path)[key] == p[key] for key in ("id", "revision", "n", "seed", "data"))
-        if args.overwrite or not there:
-            tasks = load_tasks(pathlib.Path(p["data"]), cfg.tasks)
+        p, path = {"added": added, **provenance[tag]}, run / "baselines" / "lora" / f"{tag}.json"
+        before = {"added": {}, **read_json(path)} if path.exists() else {}
+        if args.overwrite or any(before.get(key) != p[key] for key in ("id", "revision", "n", "seed", "data", "added")):
+            tasks = load_run_tasks(saved, pathlib.Path(p["data"]))
             train_rows = {task: sample(splits["train"], p["n"], p["seed"]) for task, splits in tasks.items()}
             settings = {k: getattr(args, k) or v for k, v in preset([p["base"]])["lora"].items()}
             lora.fit_lora(run, tag, base_of(tag), train_rows, p, settings)
         else:
-            print(f"LoRA {tag}: fitted before with {read_json(path)['settings']}; --overwrite fits it again")
+            print(f"LoRA {tag}: fitted before with {before['settings']}; --overwrite fits it again")
 
     for tag in [tag for name in chosen for tag, p in provenance.items() if p["base"] == name]:
         base, p = base_of(tag), provenance[tag]

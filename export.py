@@ -72,7 +72,10 @@ def card(run, p, method, tasks, library, what, use):
     facts = {"base": origin(p), "revision of the base": p["revision"], "seen in training": "no" if p["ported"] else "yes",
              "method": method, "run": run.resolve().name, "training rows a task (n)": p["n"], "seed": p["seed"],
              "fitted": p["date"]}
+    added = read_json(run / "portal.json").get("added", {})
     for task in tasks:
+        if method == "portal" and task in added:
+            facts[f"{task} was learned later"] = f"{added[task]['n']} rows on {', '.join(added[task]['bases'])}"
         facts[f"acc_norm of {task}"] = measured(run, p, method, task)
         facts[f"the bare base's on {task}"] = measured(run, p, "base", task)
     table = "\n".join(f"| {key} | {'not recorded' if value is None else value} |" for key, value in facts.items())
@@ -142,6 +145,10 @@ def main(argv=None):
         check_free(folder, args.overwrite)
     base = reload_base(p, args.device, args.dtype)
     adapters = adapters_of(run, args.method, tag, base)
+    for task in folders:
+        if cfg.tasks.index(task) >= len(adapters.tensors()[0]):
+            raise BadInput(f"{run}: its {args.method} adapters of {tag} are older than its task {task!r}; "
+                           f"python eval.py --bases {p['base']} makes them again")
     model = base.unpatch() if args.merge else None
     _, where, _, gguf = resolve(p["id"])
     options = {k: v for k, v in (("revision", p["revision"]), ("gguf_file", gguf)) if v}

@@ -2,6 +2,7 @@
 
     python port.py                                 the toy run, to its two unseen bases
     python port.py --to gemma-3-4b --n 1000        n training rows a task; --n 50,100,200 refits once for each
+    python port.py --dry-run                       what that would take in memory and time
 
 The port starts at the identity (P_out is zero) and takes the training loop as it is: all that differs is what is frozen.
 """
@@ -11,18 +12,21 @@ import torch
 
 from bases import load_base, short_names
 from cli import TOY_UNSEEN, BadInput, commas, find_run, parse, positive, read_json, remove, run_main, today, write_json
-from data import load_tasks, sample
+from data import load_run_tasks, sample
 from portal import Converter, load_config, load_portal, save_converter
-from train import REAL, fit, portal_learner, preset, save_states
+from train import REAL, TOY, dry_run, fit, portal_learner, preset, save_states
 
 
-def port(run, portal, base, tag, rows, n, seed, data, settings):
-    """Refit one converter and save it as converters/<tag>; core and latents are bit for bit what they were."""
+def port(run, portal, base, tag, rows, n, seed, data, settings, rehearse=False):
+    """Refit one converter and save it as converters/<tag>; core and latents are bit for bit what they were. `rehearse`:
+    only say what that would take."""
     frozen = [p.requires_grad_(False) for p in (portal.z, *portal.core.parameters())]
     before = [p.clone() for p in frozen]
     torch.manual_seed(seed)
     portal.converters = {base.name: Converter(portal.cfg, base.layers, base.dims, port=True).to(base.device)}
     learner = portal_learner(portal, rows, settings["epochs"], settings["batch_size"], settings["lr"])
+    if rehearse:
+        return dry_run(f"port {tag}", [base], portal.adapters, learner, rows, seed, settings)
     start = time.time()
     fit(f"port {tag}", [base], portal.adapters, [learner], rows, seed=seed, log=run / "log.jsonl",
         **{k: settings[k] for k in ("epochs", "batch_size", "max_tokens")})
@@ -42,10 +46,10 @@ def port(run, portal, base, tag, rows, n, seed, data, settings):
 
 def main(argv=None):
     args = parse(__doc__, "to n run data epochs batch-size lr max-tokens recompute seed device dtype device-map quantize "
-                 "overwrite", argv,
+                          "overwrite dry-run", argv, (TOY["port"], REAL["port"]),
                  n=dict(type=commas(positive(int)), metavar="N[,N]", help="training rows a task; several: one refit each"))
     run = find_run(args.run)
-    saved, cfg = load_config(run)
+    saved, _ = load_config(run)
     if args.to is None and preset([b["base"] for b in saved["bases"]]) is REAL:
         raise BadInput("--to is needed: the base to port to (an alias, a hub id, a folder or a .gguf file)")
     specs = args.to or TOY_UNSEEN
@@ -53,7 +57,7 @@ def main(argv=None):
     for spec, name in zip(specs, short_names(specs)):
         counts = sorted(args.n or [preset([name])["port"]["n"]])
         path = run / "converters" / f"{name}.json"
-        if path.exists() and not args.overwrite:
+        if path.exists() and not (args.overwrite or args.dry_run):
             raise BadInput(f"{run} has already seen {name}: it holds its converter; --overwrite refits it")
         # The largest n of a sweep is the base's converter, unless the run holds one of more rows; the others stand beside
         # it as <base>@<n>.
@@ -64,14 +68,15 @@ def main(argv=None):
     if seed is None or folder is None:
         raise BadInput(f"--seed and --data are needed: {run} was read from an artifact, which does not say them")
     folder = pathlib.Path(folder)
-    data = load_tasks(folder, cfg.tasks)
+    data = load_run_tasks(saved, folder)
     for spec, fits in jobs:
         base = load_base(spec, args.device, args.dtype, args.recompute, args.device_map, args.quantize)
         default = preset([base.name])["port"]
         settings = {k: getattr(args, k) or v for k, v in default.items() if k != "n"}
         for tag, n in fits:
             rows = {task: sample(splits["train"], n, seed) for task, splits in data.items()}
-            port(run, load_portal(run).to(args.device), base, tag, rows, n, seed, str(folder.resolve()), settings)
+            port(run, load_portal(run).to(args.device), base, tag, rows, n, seed, str(folder.resolve()), settings,
+                 args.dry_run)
 
 
 if __name__ == "__main__":

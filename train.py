@@ -2,23 +2,25 @@
 
     python train.py                                        the embedded toy, CPU
     python train.py --bases qwen3-1.7b,qwen3-4b --data data
+    python train.py --dry-run                              what that would take in memory and time
+    python train.py --add-task DIR                         one more task for a run, core and converters frozen
 
 One round is `batch_size` rows of every task on every base. Adapters are generated once a round; micro-batches that mix
 the rows of all tasks leave their gradients on A and B; one backward pass takes those through the generator.
 """
-import resource, time
+import datetime, resource, time
 
 import torch, transformers
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from bases import load_base, short_names
-from cli import (OUT, ROOT, TOY_SEEN, TOY_UNSEEN, BadInput, append_jsonl, new_folder, parse, read_json, run_main, today,
-                 write_json)
-from data import Cycle, collate, encode, load_tasks, micro_batches, sample, to_device
+from bases import load_base, reload_base, short_name, short_names
+from cli import (OUT, ROOT, TOY_SEEN, TOY_UNSEEN, BadInput, append_jsonl, find_run, new_folder, parse, read_json, run_main,
+                 today, write_json)
+from data import Cycle, Item, collate, encode, load_tasks, micro_batches, sample, to_device
 from dist import NO_BAR, share, total
 from eval import evaluate, full_precision, macro
-from portal import Config, Converter, Portal, save_portal
+from portal import Config, Converter, Portal, load_config, load_portal, load_tensors, save_portal, save_tensors
 
 # The write-up's numbers for real bases (appendix A); the toy's own, chosen on rows held out of its train split.
 REAL = dict(n=2000, epochs=5, batch_size=4, lr=1e-3, max_tokens=4096, sizes={},
@@ -32,6 +34,11 @@ TOY = dict(n=1000, epochs=4, batch_size=8, lr=1e-3, max_tokens=4096, sizes=dict(
 def preset(names):
     """The settings for bases of these short names."""
     return TOY if set(names) <= {*TOY_SEEN, *TOY_UNSEEN} else REAL
+
+
+def chosen(args, default):
+    """The preset's settings, but for those that were given as flags."""
+    return {k: getattr(args, k) or v for k, v in default.items() if not isinstance(v, dict)}
 
 
 # ---------------------------------------------------------------------------------------------- one round
@@ -228,13 +235,107 @@ def portal_learner(portal, rows, epochs, batch_size, lr):
     return Learner(groups, list(rows), max(rounds_of(train, batch_size) for train, _ in rows.values()), epochs)
 
 
+def dry_run(what, bases, generate, learner, rows, seed, settings, z=None):
+    """Say what `fit` would take, from a round of every task's longest rows (they need the most memory, and this warms up),
+    the three rounds that `fit` starts with, and the first micro-batch of the held-out rows. Nothing is written."""
+    tasks, batch_size, max_tokens, epochs = list(rows), *(settings[k] for k in ("batch_size", "max_tokens", "epochs"))
+    def clock():
+        if bases[0].device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.time()
+
+    items = {(base.name, task): encode(base.tokenizer, train, tasks, "gold")[0]
+             for base in bases for task, (train, _) in rows.items()}
+    cycles = {key: Cycle(own, batch_size, "/".join([str(seed), *key])) for key, own in items.items()}
+    longest = {key: sorted(own, key=Item.length)[-batch_size:] for key, own in items.items()}
+    running, times = {base.name: EMA() for base in bases}, []
+    for k in range(4):
+        batch = {key: cycle.next() if k else longest[key] for key, cycle in cycles.items()}
+        start = clock()
+        one_round(bases, generate, [learner], {base.name: [item for task in tasks for item in batch[base.name, task]]
+                                               for base in bases}, max_tokens, running, z)
+        learner.optimizer.zero_grad()
+        times.append(clock() - start)
+    scoring = 0.0
+    for base in bases:
+        held = encode(base.tokenizer, [row for _, h in rows.values() for row in h], tasks)[0]
+        for part in micro_batches(held, max_tokens)[:1]:
+            start = clock()
+            with torch.no_grad():
+                evaluate(base, generate(base.name), part, max_tokens)
+            scoring += (clock() - start) * sum(map(Item.length, held)) / sum(map(Item.length, part))
+    rounds, seconds = learner.rounds * epochs, sum(times[1:]) / 3
+    total = datetime.timedelta(seconds=round(rounds * seconds + epochs * scoring))
+    print(f"{what}, dry run: {rounds} rounds of {seconds:.2f} s and {epochs} evaluations of {scoring:.1f} s on held-out "
+          f"rows, {total} in all; peak memory {peak_memory(bases[0].device) / 2 ** 30:.2f} GiB; nothing was written")
+
+
+def add_task(args):
+    """Learn one more task on bases that the core knows: a new latent, and nothing else. What decodes it is there already,
+    on every base, ported ones too, which give no data for it.
+
+    It starts at the mean of the latents that the core was trained with: the core has seen nothing but these, and their
+    mean is a point among them. Nothing is drawn, so the start does not depend on the seed.
+    """
+    for flag in ("data", "tasks", "modules", "rank", "norm"):
+        if getattr(args, flag):
+            raise BadInput(f"--{flag} does not go with --add-task: the run has it already, and DIR is the task")
+    run, folder = find_run(args.run), args.add_task.resolve()
+    saved, cfg = load_config(run)
+    task, added, seen = folder.name, saved.get("added", {}), {b["base"]: b for b in saved["bases"]}
+    if not all((folder / f"{split}.jsonl").is_file() for split in ("train", "eval")):
+        raise BadInput(f"--add-task: {args.add_task} is not a task, which is a folder with train.jsonl and eval.jsonl")
+    if task in cfg.tasks and task not in added:
+        raise BadInput(f"{run}: the core was trained with a task {task!r}; another one needs another name, its folder's")
+    if task in added and not (args.overwrite or args.dry_run):
+        raise BadInput(f"{run} has learned {task!r} already; --overwrite learns it again")
+    names = list(dict.fromkeys(map(short_name, args.bases or seen)))
+    if not names or not set(names) <= set(seen):
+        raise BadInput(f"--bases: the core of {run} was trained on {', '.join(seen) or 'none'}; a task is added on these")
+    settings = chosen(args, preset(names))
+    seed = (saved["seed"] or 0) if args.seed is None else args.seed
+    rows = {task: sample(load_tasks(folder.parent, [task])[task]["train"], settings["n"], seed)}
+    bases = [reload_base(seen[name], args.device, args.dtype, args.recompute, args.device_map,
+                         args.quantize or seen[name].get("quantize")) for name in names]
+
+    portal = load_portal(run, names).to(args.device)
+    trained = portal.z[:len(cfg.tasks) - len(added)].detach()                        # [T before any was added, d_z]
+    portal.z = torch.nn.Parameter(trained.mean(0, keepdim=True))                     # [1, d_z]
+    frozen = [p.requires_grad_(False) for module in (portal.core, *portal.converters.values()) for p in module.parameters()]
+    before = [p.clone() for p in frozen]
+    learner = portal_learner(portal, rows, settings["epochs"], settings["batch_size"], settings["lr"])
+    if args.dry_run:
+        return dry_run(f"add {task}", bases, portal.adapters, learner, rows, seed, settings, portal.z)
+    start = time.time()
+    fit(f"add {task}", bases, portal.adapters, [learner], rows, seed=seed, log=run / "log.jsonl", z=portal.z,
+        **{k: settings[k] for k in ("epochs", "batch_size", "max_tokens")})
+    assert all(torch.equal(p, b) for p, b in zip(frozen, before)), "the frozen core or converters changed"
+    learner.load_best()
+
+    tasks = cfg.tasks if task in added else [*cfg.tasks, task]
+    t, new = tasks.index(task), portal.z.detach().cpu()
+    for path in (run / "final" / "latents.safetensors", run / "latents.safetensors"):
+        if path.exists():
+            z = load_tensors(path)["z"]                                              # a row too many: load_portal
+            save_tensors(path, {"z": torch.cat([z[:t], new, z[t + 1:len(cfg.tasks)]])})  # [T + 1, d_z], or [T, d_z] again
+    write_json(run / "portal.json", {                                                # last: until then the run has T tasks
+        **saved, "config": {**saved["config"], "tasks": tasks}, "added": {**added, task: dict(
+            folder=str(folder), bases=names, n=settings["n"], seed=seed, epochs=settings["epochs"],
+            epoch_selected=learner.epoch, seconds=round(time.time() - start, 1), date=today())}})
+    print(f"{task}: epoch {learner.epoch} of {settings['epochs']} selected on held-out rows; added to {run}; "
+          "python eval.py measures it on every base")
+
+
 def main(argv=None):
-    args = parse(__doc__, "bases data tasks n modules rank norm epochs batch-size lr max-tokens recompute seed device "
-                          "dtype device-map quantize run overwrite", argv)
+    fixed = vars(Config(tasks=[]))                                                   # modules, rank, norm
+    args = parse(__doc__, "bases data tasks add-task n modules rank norm epochs batch-size lr max-tokens recompute seed "
+                          "device dtype device-map quantize run overwrite dry-run", argv, ({**fixed, **TOY}, {**fixed, **REAL}))
+    if args.add_task:
+        return add_task(args)
     specs = args.bases or TOY_SEEN
     names = short_names(specs)
     default = preset(names)
-    settings = {k: getattr(args, k) or v for k, v in default.items() if k not in ("sizes", "port", "lora")}
+    settings = chosen(args, default)
     data = args.data or ROOT / ("toy/data" if default is TOY else "data")
     run = args.run or OUT / ("toy" if args.bases is None else "+".join(names))
     seed = args.seed or 0
@@ -244,7 +345,7 @@ def main(argv=None):
     cfg.rank, cfg.alpha = args.rank or cfg.rank, 2 * (args.rank or cfg.rank)
     if run.exists() and not (run / "portal.json").exists() and not (run.is_dir() and not any(run.iterdir())):
         raise BadInput(f"{run} is neither empty nor a run folder; --run DIR names another")
-    if (run / "portal.json").exists() and not args.overwrite:
+    if (run / "portal.json").exists() and not (args.overwrite or args.dry_run):
         same = read_json(run / "portal.json").get("config") == vars(cfg)
         raise BadInput(f"{run} already holds a trained run{'' if same else ' of another configuration'}; "
                        "--overwrite replaces it, --run DIR trains beside it")
@@ -256,6 +357,8 @@ def main(argv=None):
         portal.converters[base.name] = Converter(cfg, base.layers, base.dims)
     portal.to(args.device)
     learner = portal_learner(portal, rows, settings["epochs"], settings["batch_size"], settings["lr"])
+    if args.dry_run:
+        return dry_run("train", bases, portal.adapters, learner, rows, seed, settings, portal.z)
     start = time.time()
     with new_folder(run) as folder:                                                  # becomes `run` when it is whole
         fit("train", bases, portal.adapters, [learner], rows, seed=seed, log=folder / "log.jsonl", z=portal.z,

@@ -41,7 +41,7 @@ class TaskLoRAs:
 
 def fit_lora(run, tag, base, rows, provenance, settings):
     """Fit the LoRAs of all tasks on `rows` {task: (train, held out)} and save them as baselines/lora/<tag>; `provenance`
-    is that of the base's converter, whose rows and seed these are."""
+    is that of the base's converter, whose rows and seed these are, with the run's tasks that were `added` since."""
     torch.manual_seed(provenance["seed"])
     loras = TaskLoRAs(len(rows), base)
     learners = [Learner([{"params": loras.of(t), "lr": settings["lr"]}], [task],
@@ -56,7 +56,7 @@ def fit_lora(run, tag, base, rows, provenance, settings):
     remove(last)
     save_states(learners, settings["epochs"], lambda final: save_adapters(last if final else selected, loras.adapters()))
     write_json(path, dict(
-        {key: provenance[key] for key in ("base", "id", "revision", "n", "seed", "data")}, settings=settings,
+        {key: provenance[key] for key in ("base", "id", "revision", "n", "seed", "data", "added")}, settings=settings,
         epoch_selected={task: learner.epoch for task, learner in zip(rows, learners)},
         seconds=round(time.time() - start, 1), date=today()))
     wait()                                                                           # evaluation reads it in every process

@@ -1,11 +1,12 @@
 """The three commands end to end on tiny bases, and bad input: one line on stderr, exit code 2, nothing saved lost."""
-import hashlib, json, os, pathlib, subprocess, sys
+import hashlib, itertools, json, os, pathlib, re, subprocess, sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import save_tiny, write_task
 
-import cli, data, eval as evaluation, port, portal, train
+import cli, data, eval as evaluation, export, interop, port, portal, train
 from cli import run_main
 
 QUICK = "--data data --n 8 --epochs 2 --batch-size 2".split()
@@ -170,6 +171,70 @@ def test_bad_input_to_a_trained_run(trained, capsys, world):
     assert command(port, "--to", "./base-c", "--n", "4", "--epochs", "1") == 0
     fails(["already seen base-c", "--overwrite"], port, "--to", "./base-c")
     assert command(port, "--to", "./base-c", "--n", "4", "--epochs", "1", "--overwrite") == 0
+
+
+def test_a_dry_run_rehearses_the_fit_and_writes_nothing(world, capsys, monkeypatch):
+    batches, one_round = [], train.one_round
+    def spy(bases, generate, learners, items, *rest):
+        batches.append({name: [(item.row.prompt, item.length()) for item in own] for name, own in items.items()})
+        return one_round(bases, generate, learners, items, *rest)
+    monkeypatch.setattr(train, "one_round", spy)
+    before = fingerprint(world)
+    with monkeypatch.context() as patch:                                             # a clock that ticks at every look
+        patch.setattr(train, "time", SimpleNamespace(time=itertools.count().__next__))
+        assert command(train, *TRAIN, "--dry-run") == 0
+    assert fingerprint(world) == before and not (world / "out").exists()
+    # 7 rows of the largest task are left to fit on, 4 rounds; a tick a round, and one to score what two bases hold out
+    said = "8 rounds of 1.00 s and 2 evaluations of 2.0 s on held-out rows, 0:00:12 in all; peak memory"
+    assert said in capsys.readouterr().out
+    dry, longest = batches[:], 0
+    for splits in data.load_tasks(world / "data").values():
+        rows = data.sample(splits["train"], 8, 0)[0]
+        longest += sum(sorted(len(r.prompt.split()) + len(r.choices[r.gold].split()) - 1 for r in rows)[-2:])
+    assert all(sum(length for _, length in own) == longest for own in dry[0].values())
+    batches.clear()
+    assert command(train, *TRAIN) == 0
+    assert len(dry) == 4 and dry[1:] == batches[:3]                                  # then the rounds the fit starts with
+
+    write_task(world / "aside", "four")
+    before = fingerprint(world)
+    ports = "--to", "./base-c,./base-b", "--n", "2,8"
+    for lines, *argv in ((1, train, *TRAIN), (4, port, *ports), (1, train, "--add-task", "aside/four")):
+        capsys.readouterr()
+        assert command(*argv, "--dry-run") == 0                                      # what is there already is no error
+        assert capsys.readouterr().out.count("nothing was written") == lines
+    assert fingerprint(world) == before
+
+
+@pytest.mark.parametrize("module", [train, port, evaluation, export, interop])
+def test_the_help_has_every_flag_in_its_group_and_the_presets(module, capsys, monkeypatch):
+    parts = {train: lambda preset: preset, port: lambda preset: preset["port"], evaluation: lambda preset: preset["lora"]}
+    part = parts.get(module)
+    if part:
+        monkeypatch.setitem(part(train.TOY), "batch_size", 77)
+        monkeypatch.setitem(part(train.REAL), "batch_size", 66)
+        monkeypatch.setitem(part(train.REAL), "max_tokens", part(train.TOY)["max_tokens"])
+    required = ["--to", "a", "--task", "b", "--out", "c"] if module is export else []
+    assert command(module, *required, "--nonsense") == 2
+    accepted = set(re.findall(r"--[a-z-]+", capsys.readouterr().err.split("accepted:")[1]))
+    assert command(module, "--help") == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: python ") and module.__doc__.strip() in text
+    title, found = None, {}
+    for line in text.split(module.__doc__.strip())[1].splitlines():
+        if re.fullmatch(r"[a-z ]+:", line):
+            title = line[:-1]
+        invocation = re.match(r"  (?:-h, )?(--[a-z-]+)(?: A,B, (--task) )?", line)
+        found.update({flag: title for flag in (invocation.groups() if invocation else ()) if flag})
+    assert set(found) == accepted
+    groups = {"--" + flag: group for group, flags in cli.FLAGS.items() for flag in flags}
+    groups |= {"--help": "options"} | ({} if module is export else {"--task": groups["--tasks"]})
+    assert found == {flag: groups[flag] for flag in found}
+    text = " ".join(text.split())
+    if part:
+        assert "(default: 77 on the toy, else 66)" in text and "padding included (default: 4096)" in text
+    if module is train:
+        assert "k,v,o,gate,up,down (default: q,v)" in text and "adapters (default: 8)" in text
 
 
 def test_a_sweep_does_not_replace_a_port_on_more_rows(trained):

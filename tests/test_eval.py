@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from conftest import lora_hooks, tiny_base, tiny_model
 from test_bases import of_task, plain_greedy, random_adapters
 from test_cli import command, fingerprint
@@ -14,7 +15,7 @@ import eval as evaluation, train
 from bases import load_base
 from cli import ROOT, append_jsonl, write_json
 from data import Row, encode, load_tasks
-from eval import adapters_of, decode, evaluate, lift, read_results, score, write_results
+from eval import adapters_of, decode, evaluate, lift, log_curves, read_results, score, write_results
 from portal import MODULES, save_portal
 from train import fit, portal_learner
 
@@ -219,6 +220,33 @@ def test_inference_as_the_readme_has_it(tmp_path, monkeypatch):
 def test_lift():
     assert lift(0.792, 0.667, 0.795) == pytest.approx(0.977, abs=1e-3)              # the write-up's 8B row
     assert lift(0.7, 0.6, 0.6) is None and lift(0.7, 0.6, 0.5) is None
+
+
+def test_a_log_becomes_a_plot_of_its_numbers(tmp_path, monkeypatch, capsys):
+    def epoch(what, number, loss, acc):
+        append_jsonl(tmp_path / "log.jsonl", dict(event="epoch", what=what, epoch=number, loss=loss, held_acc_norm=acc))
+    epoch("train", 1, 2.0, 0.25), epoch("train", 2, 1.0, 0.5), epoch("train", 3, 0.5, 0.25)
+    epoch("port a", 1, 9.0, 0.0), epoch("port a", 2, 8.0, 0.0)
+    append_jsonl(tmp_path / "log.jsonl", dict(event="something else"))
+    epoch("train", 3, 0.25, 1.0)                                                     # epoch 3 again, after a kill
+    epoch("port a", 1, 4.0, None)                                                    # refitted, with nothing held out
+    assert log_curves(tmp_path / "log.jsonl") == {"train": {1: (2.0, 0.25), 2: (1.0, 0.5), 3: (0.25, 1.0)}, "port a": {1: (4.0, None)}}
+    drawn, savefig = [], Figure.savefig
+    def spy(figure, *args, **kwargs):
+        drawn.extend({line.get_label(): line.get_xydata().tolist() for line in axes.lines} for axes in figure.axes)
+        return savefig(figure, *args, **kwargs)
+    monkeypatch.setattr(Figure, "savefig", spy)
+    assert command(evaluation, "--log", tmp_path / "log.jsonl") == 0
+    assert drawn == [{"train": [[1, 2.0], [2, 1.0], [3, 0.25]], "port a": [[1, 4.0]]},
+                     {"train": [[1, 0.25], [2, 0.5], [3, 1.0]], "port a": []}]
+    assert (tmp_path / "log.png").read_bytes().startswith(b"\x89PNG")
+    write_json(tmp_path / "portal.json", {})
+    assert command(evaluation, "--log", "--run", tmp_path) == 0 and len(drawn) == 4
+    (tmp_path / "log.jsonl").write_text('{"event": "epoch"}\n')
+    capsys.readouterr()
+    assert command(evaluation, "--log", "--run", tmp_path) == 2
+    assert command(evaluation, "--log", tmp_path / "nowhere.jsonl") == 2
+    assert re.search(r"log.jsonl:1: not a row.*\n.*nowhere.jsonl: not readable", capsys.readouterr().err)
 
 
 def test_the_table_takes_the_last_row_of_a_cell(tmp_path):
