@@ -302,9 +302,9 @@ def main(argv=None):
             ensure_lora(source)
             transfers = cross_lora.transfer_all(run, tag, base, base_of(source), p["seed"])
         for method in ("base", "lora", *transfers, "portal"):
-            measure(run, method, tag, base, items, cfg.tasks, max_tokens, dict(
-                role="seen" if base.name in seen else "unseen", seed=p["seed"], n=0 if method == "base" else p["n"]), journal)
-        journal.add(tag)                                                             # as a whole: it need not be loaded again
+            role, n = "seen" if base.name in seen else "unseen", 0 if method == "base" else p["n"]
+            measure(run, method, tag, base, items, cfg.tasks, max_tokens, dict(role=role, seed=p["seed"], n=n), journal)
+        journal.add(tag)                                                             # and the base need not be loaded again
     if args.show:
         return
     write_results(run, cfg.tasks)

@@ -28,7 +28,7 @@ def digest(facts, tensors=()):
 
 
 def place_lines(path, rows, keep=True):
-    """Make `rows` the last lines of a .jsonl file, each once, whether or not it held them before; keep=False: take them out."""
+    """Make `rows` the last lines of a .jsonl file, each once, whether or not it held them; keep=False: take them out."""
     ours = [json.dumps(row) for row in rows]
     before = path.read_text().splitlines() if path.exists() else []
     after = [line for line in before if line not in ours] + (ours if keep else [])
@@ -48,18 +48,18 @@ def forget(path):
 class State:
     """The state file of a fit: tensors as safetensors, all else as JSON in the file's metadata. `path` None: there is none.
 
-    learners: train.Learner, with state() and restore(); running: {base name: train.EMA}; the position in the loop is
-    `at`, a namespace that JSON can hold, whose `lines` are the fit's lines of log.jsonl.
+    learners: train.Learner, with state() and restore(); running: {base name: train.EMA}; `at`: where the fit stands, a
+    namespace that JSON can hold, with the rounds `done` and the `lines` of its finished epochs for log.jsonl.
     """
 
-    def __init__(self, path, identity, learners, running, log):
-        self.path, self.identity, self.learners, self.running, self.log = path, identity, learners, running, log
-        self.due = time.time() + EVERY
+    def __init__(self, path, what, identity, learners, running, at, log):
+        self.path, self.what, self.identity, self.learners = path, what, identity, learners
+        self.running, self.at, self.log, self.due = running, at, log, time.time() + EVERY
 
-    def load(self, at):
-        """Put learners, running means, `at` and log.jsonl back to where the file has them -> whether it has them."""
+    def load(self):
+        """Put learners, running means, `at` and log.jsonl to where the file has them, if it is of this very fit."""
         if self.path is None or not self.path.exists():
-            return False
+            return
         try:
             with safetensors.safe_open(self.path, "pt") as file:
                 note = json.loads(file.metadata()["note"])
@@ -69,30 +69,42 @@ class State:
             raise BadInput(f"{self.path}: not a whole state file ({error}); delete it to start over")
         place_lines(self.log, note["at"]["lines"], keep=same)
         if not same:
-            print(f"starting anew: {self.path} is the state of another configuration")
-            return False
+            print(f"{self.what} starts anew: {self.path} is the state of another configuration")
+            return
         def part(prefix):
             return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-        for i, (learner, numbers) in enumerate(zip(self.learners, note["learners"])):
-            learner.restore(part(f"{i}."), numbers)
+        for i, (learner, rest) in enumerate(zip(self.learners, note["learners"])):
+            learner.restore(part(f"{i}."), rest)
         for name, mean in part("ema.").items():
             self.running[name].mean = mean.to(self.learners[0].params[0].device)
-        vars(at).update(note["at"])
-        return True
+        vars(self.at).update(note["at"])
+        print(f"continuing {self.what} after round {self.at.done}, {len(self.at.lines)} epochs are complete; "
+              f"delete {self.path} to start over")
 
-    def save(self, at):
+    def save(self):
         if self.path is None:
             return
-        start, numbers = time.time(), []
+        start, rests = time.time(), []
         tensors = {f"ema.{name}": ema.mean for name, ema in self.running.items() if ema.mean is not None}
         for i, learner in enumerate(self.learners):
             own, rest = learner.state()
             tensors.update({f"{i}.{name}": t for name, t in own.items()})
-            numbers.append(rest)
+            rests.append(rest)
         tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        note = json.dumps(dict(identity=self.identity, at=vars(at), learners=numbers))
+        note = json.dumps(dict(identity=self.identity, at=vars(self.at), learners=rests))
         write_whole(self.path, lambda p: safetensors.torch.save_file(tensors, p, {"note": note}))
         self.due = time.time() + max(EVERY, 20 * (time.time() - start))              # a large one: a twentieth of the time
+
+    @contextlib.contextmanager
+    def saved_at_ctrl_c(self):
+        """A Ctrl-C inside saves. What must not be cut in two is `unbroken`, so learners and `at` always agree here."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            if self.path is None:
+                raise
+            self.save()
+            raise KeyboardInterrupt(f"{self.what} is saved after round {self.at.done}; the same command goes on from there")
 
 
 @contextlib.contextmanager

@@ -113,8 +113,9 @@ class Learner:
         """-> ({name: tensor}, the rest), from which `restore` makes an equal learner."""
         tensors = {f"{k}.parameter": p for k, p in enumerate(self.params)}
         tensors.update({f"{k}.best": p for k, p in enumerate(self.best or [])})
-        for k, p in enumerate(self.params):                                          # exp_avg, exp_avg_sq, step; none before
-            tensors.update({f"{k}.{name}": t for name, t in self.optimizer.state.get(p, {}).items()})  # its first gradient
+        for k, p in enumerate(self.params):                                          # exp_avg, exp_avg_sq, step; before the
+            own = self.optimizer.state.get(p, {})                                    # first step there are none
+            tensors.update({f"{k}.{name}": t for name, t in own.items()})
         return tensors, dict(score=self.score, epoch=self.epoch, steps=self.schedule.last_epoch,
                              rates=[group["lr"] for group in self.optimizer.param_groups])
 
@@ -168,12 +169,12 @@ def rounds_of(rows, batch_size):
     return -(-len(rows) // batch_size)
 
 
-def identity(what, bases, learners, rows, frozen, *settings):
+def identity(what, bases, learners, rows, frozen, settings):
     """A digest of all that the numbers of a fit follow from. Not of the micro-batches' size and the device, which change
     no more than rounding: a fit that ran out of memory may go on with a smaller --max-tokens."""
     facts = [[base.name, base.origin, base.revision, str(base.model.dtype)] for base in bases]
     facts += [[learner.tasks, learner.rounds, learner.schedule.base_lrs] for learner in learners]
-    weights = [p for base in bases for p in base.model.parameters()]                 # a folder may hold another model by now
+    weights = [p for base in bases for p in base.model.parameters()]                 # a folder may hold another model now
     return digest([what, facts, rows, settings], [*weights, *frozen, *(p for learner in learners for p in learner.params)])
 
 
@@ -214,79 +215,69 @@ def fit(what, bases, generate, learners, rows, *, epochs, batch_size, max_tokens
         held[base.name] = encode(base.tokenizer, [row for _, h in rows.values() for row in h], tasks)[0]
     if cut:
         print(f"{cut} of {sum(len(c.items) for c in cycles.values())} training prompts were cut from the left")
-    def check(losses, on, base):
+    def check(losses, on, base, number):
         if not torch.isfinite(losses).all():
             bad = ", ".join(tasks[int(t)] for t in (~torch.isfinite(losses)).nonzero())
-            raise BadInput(f"{what}: the {on}loss is not finite on base {base.name}, task {bad}, round {done}; try a smaller "
-                           "--lr or --dtype float32, which starts over")
+            raise BadInput(f"{what}: the {on}loss is not finite on base {base.name}, task {bad}, round {number}; "
+                           "try a smaller --lr or --dtype float32, which starts over")
 
     running = {base.name: EMA() for base in bases}
     per_epoch = max(learner.rounds for learner in learners)
-    # Where the fit stands: `k` rounds of `epoch` are done, which began at `start` seconds; sums over it; lines of the log.
-    at = SimpleNamespace(epoch=1, k=0, start=0.0, loss=0.0, tokens=0, lines=[], seconds=0.0)
-    saved = State(state, identity(what, bases, learners, rows, frozen, epochs, batch_size, seed, ema), learners, running, log)
-    done = 0
-    if saved.load(at):
-        done = (at.epoch - 1) * per_epoch + at.k
-        print(f"continuing {what} after round {done} of {epochs * per_epoch} ({per_epoch} an epoch); "
-              f"delete {state} to start over")
+    # Where the fit stands: rounds done, lines of finished epochs; of this epoch: sums, and when (of `seconds`) it began.
+    at = SimpleNamespace(done=0, lines=[], loss=0.0, tokens=0, began=0.0, seconds=0.0)
+    settings = (epochs, batch_size, seed, ema)
+    saved = State(state, what, identity(what, bases, learners, rows, frozen, settings), learners, running, at, log)
+    saved.load()
     for learner in learners:
         for task in learner.tasks:
             for base in bases:
-                for _ in range(learner.schedule.last_epoch):                         # the rows that these steps took
+                for _ in range(learner.schedule.last_epoch):                         # take the rows that these steps took
                     cycles[base.name, task].next()
-    began = time.time() - at.seconds
-    bar = tqdm(total=epochs * per_epoch, initial=done, desc=what, unit="round", disable=None)
-    try:
-        for epoch in range(at.epoch, epochs + 1):
-            for k in range(at.k, per_epoch):
-                with unbroken(), naming_memory(what, bases, done + 1):
-                    done += 1
+    start = time.time() - at.seconds
+    bar = tqdm(total=epochs * per_epoch, initial=at.done, desc=what, unit="round", disable=None)
+    with bar, saved.saved_at_ctrl_c():
+        for epoch in range(len(at.lines) + 1, epochs + 1):
+            for k in range(at.done - (epoch - 1) * per_epoch, per_epoch):
+                with unbroken(), naming_memory(what, bases, at.done + 1):
                     active = [learner for learner in learners if k < learner.rounds]
                     now = [task for learner in active for task in learner.tasks]
                     items = {base.name: [item for task in now for item in cycles[base.name, task].next()] for base in bases}
                     losses = one_round(bases, generate, active, items, max_tokens, running if ema else None, z)
-                    for learner in learners:                                         # a task without rows has gradients, too: 0
-                        learner.optimizer.zero_grad()
-                    losses = losses.cpu()                                            # [bases, T]; the one wait for the device
+                    for learner in learners:
+                        learner.optimizer.zero_grad()                                # tasks without rows, too: theirs are 0
+                    losses = losses.cpu()                                            # [bases, T]; the wait for the device
                     for base, own in zip(bases, losses):
-                        check(own, "", base)
+                        check(own, "", base, at.done + 1)
                     round_loss = float(losses.sum()) / len(now) / len(bases)
+                    at.done, at.loss, at.seconds = at.done + 1, at.loss + round_loss, time.time() - start
                     at.tokens += sum(item.length() for base in bases for item in items[base.name])
-                    at.loss += round_loss
-                    at.k, at.seconds = k + 1, time.time() - began
                 bar.update()
-                bar.set_postfix(loss=f"{round_loss:.3f}", tok_s=int(at.tokens / (at.seconds - at.start)))
+                bar.set_postfix(loss=f"{round_loss:.3f}", tok_s=int(at.tokens / (at.seconds - at.began)))
                 if time.time() > saved.due:
-                    saved.save(at)
-            seconds, scores = at.seconds - at.start, {}
+                    saved.save()
+            seconds, scores = at.seconds - at.began, {}
             for base in bases:
-                with torch.no_grad(), naming_memory(what, bases, done):
+                with torch.no_grad(), naming_memory(what, bases, at.done):
                     cells = evaluate(base, generate(base.name), held[base.name], max_tokens)
-                check(torch.tensor([cells[t]["log_loss"] if t in cells else 0.0 for t in range(len(tasks))]), "held-out ", base)
+                nll = [cells[t]["log_loss"] if t in cells else 0.0 for t in range(len(tasks))]
+                check(torch.tensor(nll), "held-out ", base, at.done)
                 scores.update({(base.name, tasks[t]): (cell["acc_norm"], -cell["log_loss"]) for t, cell in cells.items()})
             with unbroken():
                 for learner in learners:
                     own = [score for (_, task), score in scores.items() if task in learner.tasks]
                     learner.select(epoch, macro(own) if own else None)
                 acc, nll = macro(list(scores.values())) if scores else (None, None)
-                record = dict(event="epoch", what=what, bases=[b.name for b in bases], epoch=epoch, loss=at.loss / per_epoch,
-                              held_acc_norm=acc, held_log_loss=nll and -nll, seconds=round(seconds, 2),
-                              tokens_per_s=round(at.tokens / seconds), peak_memory=peak_memory(bases[0].device), date=today())
-                now = time.time() - began
-                at = SimpleNamespace(epoch=epoch + 1, k=0, start=now, loss=0.0, tokens=0, lines=[*at.lines, record], seconds=now)
-                saved.save(at)                                                       # before the line: see resume.py
+                record = dict(
+                    event="epoch", what=what, bases=[b.name for b in bases], epoch=epoch, loss=at.loss / per_epoch,
+                    held_acc_norm=acc, held_log_loss=nll and -nll, seconds=round(seconds, 2),
+                    tokens_per_s=round(at.tokens / seconds), peak_memory=peak_memory(bases[0].device), date=today())
+                at.lines, at.loss, at.tokens, at.began = [*at.lines, record], 0.0, 0, time.time() - start
+                at.seconds = at.began
+                saved.save()                                                         # before the line: see resume.py
                 append_jsonl(log, record)
             held_out = f"held-out acc_norm {acc:.3f}, log_loss {-nll:.3f}" if scores else "nothing held out"
             tqdm.write(f"{what} epoch {epoch}/{epochs}: loss {record['loss']:.3f}, {held_out}, {seconds:.0f} s, "
                        f"{record['tokens_per_s']} tokens/s")
-    except KeyboardInterrupt:
-        if state is None:
-            raise
-        saved.save(at)
-        raise KeyboardInterrupt(f"{what} is saved after round {done} of {epochs * per_epoch}; the same command goes on from there")
-    finally:
-        bar.close()
     return at.seconds
 
 
