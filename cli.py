@@ -230,6 +230,8 @@ def lock(run):
                 file.seek(0)
                 raise BadInput(f"{run}: process {file.read() or '(starting)'} is writing into it; wait until it has "
                                "ended, or name another folder with --run DIR")
+            except OSError:
+                pass                                                                 # a file system that has no locks
             with contextlib.suppress(FileNotFoundError):                             # its last holder may have removed it
                 if os.path.samestat(os.fstat(file.fileno()), carrier.stat()):        # after we opened it: once more
                     break

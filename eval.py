@@ -108,7 +108,7 @@ def adapters_of(run, method, tag, base, final=False):
     return adapters
 
 
-def measure(run, method, tag, base, items, tasks, max_tokens, row, journal):
+def measure(run, method, tag, base, items, tasks, max_tokens, journal, row):
     """Evaluate one method on one base, selected and last epoch, and append a row a task to results.jsonl."""
     folder = {"portal": "converters", "lora": "baselines/lora"}.get(method)
     differ = folder is not None and (run / "final" / folder / f"{tag}.safetensors").exists()
@@ -302,8 +302,8 @@ def main(argv=None):
             ensure_lora(source)
             transfers = cross_lora.transfer_all(run, tag, base, base_of(source), p["seed"])
         for method in ("base", "lora", *transfers, "portal"):
-            role, n = "seen" if base.name in seen else "unseen", 0 if method == "base" else p["n"]
-            measure(run, method, tag, base, items, cfg.tasks, max_tokens, dict(role=role, seed=p["seed"], n=n), journal)
+            measure(run, method, tag, base, items, cfg.tasks, max_tokens, journal, dict(
+                role="seen" if base.name in seen else "unseen", seed=p["seed"], n=0 if method == "base" else p["n"]))
         journal.add(tag)                                                             # and the base need not be loaded again
     if args.show:
         return
