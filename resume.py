@@ -78,7 +78,7 @@ class State:
         for name, mean in part("ema.").items():
             self.running[name].mean = mean.to(self.learners[0].params[0].device)
         vars(self.at).update(note["at"])
-        print(f"continuing {self.what} after round {self.at.done}, {len(self.at.lines)} epochs are complete; "
+        print(f"continuing {self.what} after round {self.at.done} (complete epochs: {len(self.at.lines)}); "
               f"delete {self.path} to start over")
 
     def save(self):

@@ -200,7 +200,7 @@ def test_ctrl_c_finishes_the_round_and_saves(world, capsys, monkeypatch):
             one_line(capsys, ["interrupted", where, "the same command goes on"])
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         assert command(train, *TRAIN, "--run", what, "--max-tokens", "4000") == 0
-        assert f"continuing train {where}, 0 epochs are complete; delete" in capsys.readouterr().out
+        assert f"continuing train {where} (complete epochs: 0); delete" in capsys.readouterr().out
         assert numbers(world / what).keys() == numbers(world / "want").keys()
         got, want = (json.loads((world / run / "log.jsonl").read_text().splitlines()[1]) for run in (what, "want"))
         assert scrub(got) == scrub(want)
@@ -283,7 +283,7 @@ def test_a_full_disk_leaves_the_last_good_state(world, capsys, monkeypatch):
         one_line(capsys, [".got.part/train.safetensors: not written (No space left on device)"])
     assert os.listdir(world / ".got.part") == ["train.safetensors"]
     assert command(train, *TRAIN, "--run", "got") == 0
-    assert "continuing train after round 3," in capsys.readouterr().out
+    assert "continuing train after round 3 (" in capsys.readouterr().out
     assert numbers(world / "got") == numbers(world / "want")
 
 
