@@ -105,6 +105,7 @@ class Base:
     def __init__(self, model, tokenizer, name="base", origin="", revision=None):
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self.name, self.origin, self.revision, self.quantize = name, origin, revision, None
+        self.batch = None                                                            # the last one that logits() was given
         self.live = SimpleNamespace(A={}, B={}, task=None, scale=1.0, at=None)
         self.config = model.config.get_text_config()
         self.blocks, projections = find_projections(model)                           # L layers, {m: (parent, attribute)} each
@@ -158,6 +159,7 @@ class Base:
         adapters: Adapters for the tasks that `batch.task` [R] counts, or None for the bare base. Rows are padded on
         the right, so a causal mask alone keeps the padding out and a training batch needs no mask at all.
         """
+        self.batch = batch
         # transformers looks whether one row packs several texts, and waits for the device to tell. No row of ours does.
         unpacked = mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
         with self.adapted(adapters, batch.task, batch.at), unpacked:

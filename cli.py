@@ -2,9 +2,9 @@
 
 Nothing here is about the method; portal.py is the place to start reading.
 """
-import argparse, contextlib, datetime, json, os, pathlib, shutil, sys, tempfile
+import argparse, contextlib, datetime, fcntl, json, os, pathlib, re, shutil, sys, tempfile
 
-import torch
+import safetensors, torch
 
 import dist
 
@@ -21,16 +21,17 @@ def run_main(main):
     """Run `main()`: BadInput becomes one line on stderr and exit code 2, never a traceback."""
     try:
         dist.start()
-        main()
+        with LOCKS:
+            main()
         dist.stop()
     except BadInput as error:
         raise SystemExit(fail(error))
-    except torch.OutOfMemoryError as error:
-        raise SystemExit(fail(f"out of memory ({first_sentence(error)}); try a smaller --max-tokens"))
-    except KeyboardInterrupt:
-        say("interrupted; what was saved before is untouched")
+    except KeyboardInterrupt as stop:
+        say(f"interrupted; {str(stop) or 'what was saved before is untouched'}")
         raise SystemExit(130)
-    except Exception:
+    except Exception as error:
+        if out_of_memory(error):
+            raise SystemExit(fail(f"out of memory ({first_sentence(error)}); try a smaller --max-tokens"))
         if dist.another_failed():                                                    # it has said why. A sum it did not
             raise SystemExit(2)                                                      # come to is no news from this one
         raise
@@ -38,6 +39,11 @@ def run_main(main):
 
 def first_sentence(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def out_of_memory(error):
+    """A GPU's allocator has an exception of its own; a CPU's can be told by its words alone."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def fail(message):
@@ -193,18 +199,30 @@ def parse(description, names, argv=None, defaults=({}, {}), **changes):
 
 
 # ---------------------------------------------------------------------------------------------- files
+@contextlib.contextmanager
+def writing(path):
+    """What the file system refuses inside (a full disk, no permission) becomes one line that names `path`."""
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError) as error:
+        raise BadInput(f"{path}: not written ({getattr(error, 'strerror', None) or first_sentence(error)}); "
+                       "what was saved before is untouched")
+
+
 # Of several processes (dist.py), which all come by here with the same things to write, process 0 writes.
 def write_whole(path, write):
     """Call `write(temporary path)` and rename: the file at `path` is the old one or the new one, never half of it."""
     if dist.RANK:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(temporary)
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
 
 def write_json(path, value):
@@ -218,11 +236,16 @@ def read_json(path):
         raise BadInput(f"{path}: not readable as JSON ({error})")
 
 
-def append_jsonl(path, row):
+def append_jsonl(path, *rows):
+    """Append a line a row, all of them in one write, or none: half a line would spoil the next one."""
     if dist.RANK:
         return
-    with open(path, "a") as f:
-        f.write(json.dumps(row) + "\n")
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    with writing(path), open(path, "ab", buffering=0) as f:
+        before = f.tell()
+        if f.write(data) < len(data):                                                # the disk took a part and is full
+            f.truncate(before)
+            raise OSError("no space left")
 
 
 def remove(path):
@@ -238,7 +261,7 @@ def today():
 def find_run(run):
     """`--run`, or the run trained last (the newest `trained` date in out/*/portal.json); prints which."""
     if run is None:
-        found = list(OUT.glob("*/portal.json"))
+        found = list(OUT.glob("[!.]*/portal.json"))                                  # .<run>.new<pid> is not one yet
         if not found:
             raise BadInput(f"no run in {OUT}/: train one first (python train.py) or name one with --run DIR")
         run = max(found, key=lambda p: read_json(p).get("trained", "")).parent
@@ -246,6 +269,60 @@ def find_run(run):
         raise BadInput(f"{run}: not a run folder (it has no portal.json); python train.py makes one")
     print(f"run: {run}")
     return run
+
+
+def beside(run, kind):
+    """out/toy -> out/.toy.<kind>"""
+    return run.resolve().with_name(f".{run.resolve().name}.{kind}")
+
+
+LOCKS = contextlib.ExitStack()  # run_main lets go of them
+
+
+def lock(run):
+    """Until this command ends, no other one may write into `run`: BadInput if another does so now. The lock itself is the
+    system's and ends with its process, however that ends. The file that carries it lies beside the run, since train.py
+    replaces the folder as a whole."""
+    if dist.RANK:                                                                    # process 0 holds it for all
+        return
+    path, carrier = run.resolve(), beside(run, "lock")
+    with writing(run):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir() and not os.access(path.parent, os.W_OK):                    # then nobody replaces it, either
+            carrier = path / ".lock"
+        while True:
+            file = open(carrier, "a+")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise BadInput(f"{run}: process {file.read() or '(starting)'} is writing into it; wait until it has "
+                               "ended, or name another folder with --run DIR")
+            except OSError:
+                pass                                                                 # a file system that has no locks
+            with contextlib.suppress(FileNotFoundError):                             # its last holder may have removed it
+                if os.path.samestat(os.fstat(file.fileno()), carrier.stat()):        # after we opened it: once more
+                    break
+            file.close()
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+    LOCKS.callback(file.close)
+    LOCKS.callback(carrier.unlink, missing_ok=True)                                  # first, while it is still held
+    sweep(path)
+
+
+def sweep(path):
+    """Remove what a killed command left half made in a run that is now locked, and beside it. Killed between the two
+    renames of `new_folder`, it left the old run under another name."""
+    for left in path.parent.glob(f".{path.name}.old[0-9]*"):
+        left.rename(path) if not path.exists() else shutil.rmtree(left, ignore_errors=True)
+    for left in path.parent.glob(f".{path.name}.new[0-9]*"):
+        shutil.rmtree(left, ignore_errors=True)
+    for folder in (path, beside(path, "part")):
+        for left in folder.rglob(".*"):
+            if re.fullmatch(r"\..+\.\d+", left.name) and left.is_file():             # write_whole's
+                left.unlink()
 
 
 @contextlib.contextmanager
@@ -256,19 +333,20 @@ def new_folder(path):
             yield pathlib.Path(elsewhere)
         return
     path = path.resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new, old = (path.with_name(f".{path.name}.{which}{os.getpid()}") for which in ("new", "old"))
-    new.mkdir()
+    new, old = (beside(path, f"{which}{os.getpid()}") for which in ("new", "old"))
+    with writing(path):
+        new.mkdir(parents=True)
     try:
         yield new
-        if path.exists():
-            path.rename(old)
-        try:
-            new.rename(path)
-        except BaseException:
-            if old.exists():
-                old.rename(path)
-            raise
+        with writing(path):
+            if path.exists():
+                path.rename(old)
+            try:
+                new.rename(path)
+            except BaseException:
+                if old.exists():
+                    old.rename(path)
+                raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(new, ignore_errors=True)

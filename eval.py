@@ -16,10 +16,11 @@ import contextlib, json, os, pathlib, platform, time
 import torch
 from tqdm import tqdm
 
-from cli import BadInput, append_jsonl, find_run, parse, read_json, run_main, write_whole
+from cli import BadInput, find_run, lock, parse, read_json, run_main, write_whole
 from data import collate, encode, load_run_tasks, micro_batches, sample
 from dist import NO_BAR, RANK, shared
 from portal import load_adapters, load_config, load_converter, load_portal, saved_at
+from resume import Journal, command_of, forget
 
 METHODS = ("base", "lora", "cross_lora", "copy", "random", "portal")
 
@@ -114,20 +115,24 @@ def adapters_of(run, method, tag, base, final=False):
     return adapters
 
 
-def measure(run, method, tag, base, items, tasks, max_tokens, row):
+def measure(run, method, tag, base, items, tasks, max_tokens, journal, row):
     """Evaluate one method on one base, selected and last epoch, and append a row a task to results.jsonl."""
     folder = {"portal": "converters", "lora": "baselines/lora"}.get(method)
     differ = folder is not None and (run / "final" / folder / f"{tag}.safetensors").exists()
+    cells = None
     for select in ("best", "final"):
-        if select == "best" or differ:                                               # else the last epoch was selected
+        part = f"{tag} {method} {select}"
+        if part in journal.done:                                                     # before this command was killed
+            continue
+        if cells is None or differ:                                                  # else the last epoch was selected
             start = time.time()
             cells = evaluate(base, adapters_of(run, method, tag, base, select == "final"), items, max_tokens)
             seconds = round((time.time() - start) / len(cells), 3)
-        for t, cell in cells.items():
-            append_jsonl(run / "results.jsonl", dict(
-                method=method, base=base.name, task=tasks[t], select=select, seconds=seconds, **row,
-                **{key: value for key, value in cell.items() if key != "correct"}))
-    print(f"{tag} {method}: acc_norm {sum(c['acc_norm'] for c in cells.values()) / len(cells):.3f}", flush=True)
+        journal.add(part, run / "results.jsonl", [dict(
+            method=method, base=base.name, task=tasks[t], select=select, seconds=seconds, **row,
+            **{key: value for key, value in cell.items() if key != "correct"}) for t, cell in cells.items()])
+    if cells:
+        print(f"{tag} {method}: acc_norm {sum(c['acc_norm'] for c in cells.values()) / len(cells):.3f}", flush=True)
 
 
 def show(run, base, items, max_tokens):
@@ -307,6 +312,10 @@ def main(argv=None):
     n = args.show or args.eval_rows
     rows = [row for task in args.tasks or cfg.tasks for row in sum(sample(data[task]["eval"], n, 0), [])]
     loaded, fitted = {}, set()
+    if not args.show:
+        lock(run)
+        journal = Journal(run / ".resume" / "eval.json", command_of(args, saved, provenance, rows))
+        journal.place(run / "results.jsonl")
 
     def base_of(tag):
         p = provenance[tag]
@@ -323,15 +332,19 @@ def main(argv=None):
         fitted.add(tag)
         p, path = {"added": added, **provenance[tag]}, run / "baselines" / "lora" / f"{tag}.json"
         before = {"added": {}, **read_json(path)} if path.exists() else {}
-        if args.overwrite or any(before.get(key) != p[key] for key in ("id", "revision", "n", "seed", "data", "added")):
+        there = all(before.get(key) == p[key] for key in ("id", "revision", "n", "seed", "data", "added"))
+        if args.overwrite and f"LoRA {tag}" not in journal.done or not there:
             tasks = load_run_tasks(saved, pathlib.Path(p["data"]))
             train_rows = {task: sample(splits["train"], p["n"], p["seed"]) for task, splits in tasks.items()}
             settings = {k: getattr(args, k) or v for k, v in preset([p["base"]])["lora"].items()}
             lora.fit_lora(run, tag, base_of(tag), train_rows, p, settings)
+            journal.add(f"LoRA {tag}")
         else:
             print(f"LoRA {tag}: fitted before with {before['settings']}; --overwrite fits it again")
 
     for tag in [tag for name in chosen for tag, p in provenance.items() if p["base"] == name]:
+        if not args.show and tag in journal.done:
+            continue
         base, p = base_of(tag), provenance[tag]
         items, cut = encode(base.tokenizer, rows, cfg.tasks)
         if cut:
@@ -348,11 +361,13 @@ def main(argv=None):
             ensure_lora(source)
             transfers = cross_lora.transfer_all(run, tag, base, base_of(source), p["seed"])
         for method in ("base", "lora", *transfers, "portal"):
-            measure(run, method, tag, base, items, cfg.tasks, max_tokens, dict(
+            measure(run, method, tag, base, items, cfg.tasks, max_tokens, journal, dict(
                 role="seen" if base.name in seen else "unseen", seed=p["seed"], n=0 if method == "base" else p["n"]))
+        journal.add(tag)                                                             # and the base need not be loaded again
     if args.show or RANK:
         return
     write_results(run, cfg.tasks)
+    forget(journal.path)
     print((run / "results.md").read_text().split("\n## ")[0])
     print(f"table: {run / 'results.md'}, plots beside it")
 

@@ -14,7 +14,7 @@ import dataclasses, pathlib
 import safetensors, torch
 
 from bases import lasting, reload_base, resolve
-from cli import BadInput, find_run, new_folder, parse, read_json, run_main, today, write_json
+from cli import BadInput, find_run, lock, new_folder, parse, read_json, run_main, today, write_json
 from data import load_tasks
 from eval import adapters_of
 from export import card, check_free, held, origin, write_folder
@@ -114,6 +114,7 @@ def read(args):
         known = {key: p[key] if saved[key] is None else saved[key] for key in ("seed", "data")}
         write_json(folder / "portal.json", {**saved, **known, "bases": others if args.ported else [*others, p]})
 
+    lock(run)
     if (run / "portal.json").exists():
         saved, cfg = load_config(run)
         mine = load_portal(run)

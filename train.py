@@ -8,19 +8,21 @@
 One round is `batch_size` rows of every task on every base. Adapters are generated once a round; micro-batches that mix
 the rows of all tasks leave their gradients on A and B; one backward pass takes those through the generator.
 """
-import datetime, resource, time
+import contextlib, datetime, resource, shutil, time
+from types import SimpleNamespace
 
 import torch, transformers
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from bases import load_base, reload_base, short_name, short_names
-from cli import (OUT, ROOT, TOY_SEEN, TOY_UNSEEN, BadInput, append_jsonl, find_run, new_folder, parse, read_json, run_main,
-                 today, write_json)
+from cli import (OUT, ROOT, TOY_SEEN, TOY_UNSEEN, BadInput, append_jsonl, beside, find_run, lock, new_folder, out_of_memory,
+                 parse, read_json, run_main, today, write_json, write_whole)
 from data import Cycle, Item, collate, encode, load_tasks, micro_batches, sample, to_device
-from dist import NO_BAR, share, total
+from dist import NO_BAR, RANK, share, total
 from eval import evaluate, full_precision, macro
 from portal import Config, Converter, Portal, load_config, load_portal, load_tensors, save_portal, save_tensors
+from resume import State, digest, forget, unbroken
 
 # The write-up's numbers for real bases (appendix A); the toy's own, chosen on rows held out of its train split.
 REAL = dict(n=2000, epochs=5, batch_size=4, lr=1e-3, max_tokens=4096, sizes={},
@@ -117,6 +119,30 @@ class Learner:
         for p, best in zip(self.params, self.best):
             p.copy_(best)
 
+    def state(self):
+        """-> ({name: tensor}, the rest), from which `restore` makes an equal learner."""
+        tensors = {f"{k}.parameter": p for k, p in enumerate(self.params)}
+        tensors.update({f"{k}.best": p for k, p in enumerate(self.best or [])})
+        for k, p in enumerate(self.params):                                          # exp_avg, exp_avg_sq, step; before the
+            own = self.optimizer.state.get(p, {})                                    # first step there are none
+            tensors.update({f"{k}.{name}": t for name, t in own.items()})
+        return tensors, dict(score=self.score, epoch=self.epoch, steps=self.schedule.last_epoch,
+                             rates=[group["lr"] for group in self.optimizer.param_groups])
+
+    @torch.no_grad()
+    def restore(self, tensors, rest):
+        self.epoch, self.schedule.last_epoch = rest["epoch"], rest["steps"]
+        self.score = rest["score"] and tuple(rest["score"])
+        for group, rate in zip(self.optimizer.param_groups, rest["rates"]):
+            group["lr"] = rate
+        for k, p in enumerate(self.params):
+            own = {name.removeprefix(f"{k}."): t.to(p.device) for name, t in tensors.items() if name.startswith(f"{k}.")}
+            p.copy_(own.pop("parameter"))
+            best = own.pop("best", None)
+            self.best = None if best is None else [*(self.best or []), best]
+            if own:
+                self.optimizer.state[p] = own
+
 
 def save_states(learners, epochs, save):
     """save(final=True) the last epoch where another was selected for some learner, then save(final=False) the selected."""
@@ -153,12 +179,42 @@ def rounds_of(rows, batch_size):
     return -(-len(rows) // batch_size)
 
 
-def fit(what, bases, generate, learners, rows, *, epochs, batch_size, max_tokens, seed, log, z=None, ema=True):
+def identity(what, bases, learners, rows, frozen, settings):
+    """A digest of all that the numbers of a fit follow from. Not of the micro-batches' size and the device, which change
+    no more than rounding: a fit that ran out of memory may go on with a smaller --max-tokens."""
+    facts = [[base.name, base.origin, base.revision, str(base.model.dtype)] for base in bases]
+    facts += [[learner.tasks, learner.rounds, learner.schedule.base_lrs] for learner in learners]
+    weights = [p for base in bases for p in base.model.parameters()]                 # a folder may hold another model now
+    return digest([what, facts, rows, settings], [*weights, *frozen, *(p for learner in learners for p in learner.params)])
+
+
+@contextlib.contextmanager
+def naming_memory(what, bases, done):
+    """Out of memory inside: one line that says where, and what to change."""
+    for base in bases:
+        base.batch = None
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        used = [base for base in bases if base.batch is not None]                    # the last one was at work
+        if not out_of_memory(error) or not used:
+            raise
+        items, ids = used[-1].batch.items, used[-1].batch.ids
+        raise BadInput(
+            f"{what}: out of memory on base {used[-1].name}, round {done}, in a micro-batch of {ids.shape[0]} rows by "
+            f"{ids.shape[1]} tokens of {', '.join(sorted({item.row.task for item in items}))}; try a smaller --max-tokens, "
+            "--recompute or --dtype bfloat16; what was saved before is untouched")
+
+
+def fit(what, bases, generate, learners, rows, *, epochs, batch_size, max_tokens, seed, log, z=None, ema=True, state=None,
+        frozen=()):
     """Train `learners` for `epochs` on frozen `bases`; each then holds its last state and, in `best`, the selected one.
 
     generate(base name) -> Adapters with their graph; rows {task: (train rows, held-out rows)}; z: the parameter on
     which the bases' gradients are balanced, if it is learned; ema: divide each (base, task) loss by its running mean.
-    log: path of log.jsonl. Raises BadInput when a loss is not finite.
+    log: path of log.jsonl. state: path of the file that a killed fit goes on from (resume.py), for the caller to remove;
+    frozen: the tensors that `generate` takes and no learner has. -> seconds, those of a killed process included. Raises
+    BadInput when a loss is not finite or the memory is full.
     """
     tasks = list(rows)
     cycles, held, cut = {}, {}, 0
@@ -169,51 +225,70 @@ def fit(what, bases, generate, learners, rows, *, epochs, batch_size, max_tokens
         held[base.name] = encode(base.tokenizer, [row for _, h in rows.values() for row in h], tasks)[0]
     if cut:
         print(f"{cut} of {sum(len(c.items) for c in cycles.values())} training prompts were cut from the left")
-    def check(losses, on, base):
+    def check(losses, on, base, number):
         if not torch.isfinite(losses).all():
-            bad = tasks[int((~torch.isfinite(losses)).nonzero()[0])]
-            raise BadInput(f"{what}: the {on}loss is not finite on base {base.name}, task {bad}, round {done}; try a smaller "
-                           "--lr or --dtype float32 (nothing of this fit was saved)")
+            bad = ", ".join(tasks[int(t)] for t in (~torch.isfinite(losses)).nonzero())
+            raise BadInput(f"{what}: the {on}loss is not finite on base {base.name}, task {bad}, round {number}; "
+                           "try a smaller --lr or --dtype float32, which starts over")
 
     running = {base.name: EMA() for base in bases}
-    per_epoch, done = max(learner.rounds for learner in learners), 0
-    bar = tqdm(total=epochs * per_epoch, desc=what, unit="round", disable=NO_BAR)
-    for epoch in range(1, epochs + 1):
-        start, total_loss, n_tokens = time.time(), 0.0, 0
-        for k in range(per_epoch):
-            done += 1
-            active = [learner for learner in learners if k < learner.rounds]
-            now = [task for learner in active for task in learner.tasks]
-            items = {base.name: [item for task in now for item in cycles[base.name, task].next()] for base in bases}
-            losses = one_round(bases, generate, active, items, max_tokens, running if ema else None, z)
-            for learner in learners:                                                 # a task without rows has gradients, too: 0
-                learner.optimizer.zero_grad()
-            losses = losses.cpu()                                                    # [bases, T]; the one wait for the device
-            for base, own in zip(bases, losses):
-                check(own, "", base)
-            round_loss = float(losses.sum()) / len(now) / len(bases)
-            n_tokens += sum(item.length() for base in bases for item in items[base.name])
-            total_loss += round_loss
-            bar.update()
-            bar.set_postfix(loss=f"{round_loss:.3f}", tok_s=int(n_tokens / (time.time() - start)))
-        seconds, scores = time.time() - start, {}
-        for base in bases:
-            with torch.no_grad():
-                cells = evaluate(base, generate(base.name), held[base.name], max_tokens)
-            check(torch.tensor([cells[t]["log_loss"] if t in cells else 0.0 for t in range(len(tasks))]), "held-out ", base)
-            scores.update({(base.name, tasks[t]): (cell["acc_norm"], -cell["log_loss"]) for t, cell in cells.items()})
-        for learner in learners:
-            own = [score for (_, task), score in scores.items() if task in learner.tasks]
-            learner.select(epoch, macro(own) if own else None)
-        acc, nll = macro(list(scores.values())) if scores else (None, None)
-        record = dict(event="epoch", what=what, bases=[b.name for b in bases], epoch=epoch, loss=total_loss / per_epoch,
-                      held_acc_norm=acc, held_log_loss=nll and -nll, seconds=round(seconds, 2),
-                      tokens_per_s=round(n_tokens / seconds), peak_memory=peak_memory(bases[0].device), date=today())
-        append_jsonl(log, record)
-        held_out = f"held-out acc_norm {acc:.3f}, log_loss {-nll:.3f}" if scores else "nothing held out"
-        tqdm.write(f"{what} epoch {epoch}/{epochs}: loss {record['loss']:.3f}, {held_out}, {seconds:.0f} s, "
-                   f"{record['tokens_per_s']} tokens/s")
-    bar.close()
+    per_epoch = max(learner.rounds for learner in learners)
+    # Where the fit stands: rounds done, lines of finished epochs; of this epoch: sums, and when (of `seconds`) it began.
+    at = SimpleNamespace(done=0, lines=[], loss=0.0, tokens=0, began=0.0, seconds=0.0)
+    settings = (epochs, batch_size, seed, ema)
+    saved = State(state, what, identity(what, bases, learners, rows, frozen, settings), learners, running, at, log)
+    saved.load()
+    for learner in learners:
+        for task in learner.tasks:
+            for base in bases:
+                for _ in range(learner.schedule.last_epoch):                         # take the rows that these steps took
+                    cycles[base.name, task].next()
+    start = time.time() - at.seconds
+    bar = tqdm(total=epochs * per_epoch, initial=at.done, desc=what, unit="round", disable=NO_BAR)
+    with bar, saved.saved_at_ctrl_c():
+        for epoch in range(len(at.lines) + 1, epochs + 1):
+            for k in range(at.done - (epoch - 1) * per_epoch, per_epoch):
+                with unbroken(), naming_memory(what, bases, at.done + 1):
+                    active = [learner for learner in learners if k < learner.rounds]
+                    now = [task for learner in active for task in learner.tasks]
+                    items = {base.name: [item for task in now for item in cycles[base.name, task].next()] for base in bases}
+                    losses = one_round(bases, generate, active, items, max_tokens, running if ema else None, z)
+                    for learner in learners:
+                        learner.optimizer.zero_grad()                                # tasks without rows, too: theirs are 0
+                    losses = losses.cpu()                                            # [bases, T]; the wait for the device
+                    for base, own in zip(bases, losses):
+                        check(own, "", base, at.done + 1)
+                    round_loss = float(losses.sum()) / len(now) / len(bases)
+                    at.done, at.loss, at.seconds = at.done + 1, at.loss + round_loss, time.time() - start
+                    at.tokens += sum(item.length() for base in bases for item in items[base.name])
+                bar.update()
+                bar.set_postfix(loss=f"{round_loss:.3f}", tok_s=int(at.tokens / (at.seconds - at.began)))
+                if time.time() > saved.due:
+                    saved.save()
+            seconds, scores = at.seconds - at.began, {}
+            for base in bases:
+                with torch.no_grad(), naming_memory(what, bases, at.done):
+                    cells = evaluate(base, generate(base.name), held[base.name], max_tokens)
+                nll = [cells[t]["log_loss"] if t in cells else 0.0 for t in range(len(tasks))]
+                check(torch.tensor(nll), "held-out ", base, at.done)
+                scores.update({(base.name, tasks[t]): (cell["acc_norm"], -cell["log_loss"]) for t, cell in cells.items()})
+            with unbroken():
+                for learner in learners:
+                    own = [score for (_, task), score in scores.items() if task in learner.tasks]
+                    learner.select(epoch, macro(own) if own else None)
+                acc, nll = macro(list(scores.values())) if scores else (None, None)
+                record = dict(
+                    event="epoch", what=what, bases=[b.name for b in bases], epoch=epoch, loss=at.loss / per_epoch,
+                    held_acc_norm=acc, held_log_loss=nll and -nll, seconds=round(seconds, 2),
+                    tokens_per_s=round(at.tokens / seconds), peak_memory=peak_memory(bases[0].device), date=today())
+                at.lines, at.loss, at.tokens, at.began = [*at.lines, record], 0.0, 0, time.time() - start
+                at.seconds = at.began
+                saved.save()                                                         # before the line: see resume.py
+                append_jsonl(log, record)
+            held_out = f"held-out acc_norm {acc:.3f}, log_loss {-nll:.3f}" if scores else "nothing held out"
+            tqdm.write(f"{what} epoch {epoch}/{epochs}: loss {record['loss']:.3f}, {held_out}, {seconds:.0f} s, "
+                       f"{record['tokens_per_s']} tokens/s")
+    return at.seconds
 
 
 def peak_memory(device):
@@ -306,9 +381,10 @@ def add_task(args):
     learner = portal_learner(portal, rows, settings["epochs"], settings["batch_size"], settings["lr"])
     if args.dry_run:
         return dry_run(f"add {task}", bases, portal.adapters, learner, rows, seed, settings, portal.z)
-    start = time.time()
-    fit(f"add {task}", bases, portal.adapters, [learner], rows, seed=seed, log=run / "log.jsonl", z=portal.z,
-        **{k: settings[k] for k in ("epochs", "batch_size", "max_tokens")})
+    lock(run)
+    state = run / ".resume" / f"add-{task}.safetensors"
+    seconds = fit(f"add {task}", bases, portal.adapters, [learner], rows, seed=seed, log=run / "log.jsonl", z=portal.z,
+                  state=state, frozen=frozen, **{k: settings[k] for k in ("epochs", "batch_size", "max_tokens")})
     assert all(torch.equal(p, b) for p, b in zip(frozen, before)), "the frozen core or converters changed"
     learner.load_best()
 
@@ -321,7 +397,8 @@ def add_task(args):
     write_json(run / "portal.json", {                                                # last: until then the run has T tasks
         **saved, "config": {**saved["config"], "tasks": tasks}, "added": {**added, task: dict(
             folder=str(folder), bases=names, n=settings["n"], seed=seed, epochs=settings["epochs"],
-            epoch_selected=learner.epoch, seconds=round(time.time() - start, 1), date=today())}})
+            epoch_selected=learner.epoch, seconds=round(seconds, 1), date=today())}})
+    forget(state)
     print(f"{task}: epoch {learner.epoch} of {settings['epochs']} selected on held-out rows; added to {run}; "
           "python eval.py measures it on every base")
 
@@ -345,6 +422,8 @@ def main(argv=None):
     cfg.rank, cfg.alpha = args.rank or cfg.rank, 2 * (args.rank or cfg.rank)
     if run.exists() and not (run / "portal.json").exists() and not (run.is_dir() and not any(run.iterdir())):
         raise BadInput(f"{run} is neither empty nor a run folder; --run DIR names another")
+    if not args.dry_run:
+        lock(run)
     if (run / "portal.json").exists() and not (args.overwrite or args.dry_run):
         same = read_json(run / "portal.json").get("config") == vars(cfg)
         raise BadInput(f"{run} already holds a trained run{'' if same else ' of another configuration'}; "
@@ -359,19 +438,22 @@ def main(argv=None):
     learner = portal_learner(portal, rows, settings["epochs"], settings["batch_size"], settings["lr"])
     if args.dry_run:
         return dry_run("train", bases, portal.adapters, learner, rows, seed, settings, portal.z)
-    start = time.time()
+    part = beside(run, "part")                                                       # until the run is whole
+    seconds = fit("train", bases, portal.adapters, [learner], rows, seed=seed, log=part / "log.jsonl", z=portal.z,
+                  state=part / "train.safetensors", **{k: settings[k] for k in ("epochs", "batch_size", "max_tokens")})
     with new_folder(run) as folder:                                                  # becomes `run` when it is whole
-        fit("train", bases, portal.adapters, [learner], rows, seed=seed, log=folder / "log.jsonl", z=portal.z,
-            **{k: settings[k] for k in ("epochs", "batch_size", "max_tokens")})
         save_states([learner], settings["epochs"], lambda final: save_portal(folder, portal, final))
         provenance = [dict(base=b.name, id=b.origin, revision=b.revision, ported=False, n=settings["n"], seed=seed,
                            data=str(data.resolve()), quantize=b.quantize, epochs=settings["epochs"],
-                           epoch_selected=learner.epoch, seconds=round(time.time() - start, 1), date=today()) for b in bases]
+                           epoch_selected=learner.epoch, seconds=round(seconds, 1), date=today()) for b in bases]
         for p in provenance:
             write_json(folder / "converters" / f"{p['base']}.json", p)
         write_json(folder / "portal.json", dict(
             config=vars(cfg), bases=provenance, seed=seed, data=str(data.resolve()), trained=today(), **settings,
             versions=dict(torch=torch.__version__, transformers=transformers.__version__)))
+        write_whole(folder / "log.jsonl", lambda p: shutil.copy(part / "log.jsonl", p))
+    if RANK == 0:
+        shutil.rmtree(part, ignore_errors=True)
     print(f"epoch {learner.epoch} of {settings['epochs']} selected on held-out rows; saved to {run}")
 
 

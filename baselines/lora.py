@@ -4,14 +4,13 @@ T independent LoRAs are trained in one go: they share every forward pass of the 
 tasks, and nothing else. Each has its own optimiser, schedule, gradient clip and selected epoch, so each ends where it
 would have ended alone; a small task simply sits out the rounds that its own epoch no longer has.
 """
-import time
-
 import torch
 from torch import nn
 
 from cli import remove, today, write_json
 from dist import wait
 from portal import MODULES, Adapters, save_adapters
+from resume import forget
 from train import Learner, fit, rounds_of, save_states
 
 RANK, ALPHA = 16, 32
@@ -47,9 +46,9 @@ def fit_lora(run, tag, base, rows, provenance, settings):
     learners = [Learner([{"params": loras.of(t), "lr": settings["lr"]}], [task],
                         rounds_of(train, settings["batch_size"]), settings["epochs"])
                 for t, (task, (train, _)) in enumerate(rows.items())]
-    start = time.time()
-    fit(f"LoRA {tag}", [base], loras.adapters, learners, rows, seed=provenance["seed"], log=run / "log.jsonl", ema=False,
-        **{k: settings[k] for k in ("epochs", "batch_size", "max_tokens")})
+    state = run / ".resume" / f"LoRA-{tag}.safetensors"
+    seconds = fit(f"LoRA {tag}", [base], loras.adapters, learners, rows, seed=provenance["seed"], log=run / "log.jsonl",
+                  ema=False, state=state, **{k: settings[k] for k in ("epochs", "batch_size", "max_tokens")})
     path = run / "baselines" / "lora" / f"{tag}.json"                                # written last: without it the LoRA
     remove(path)                                                                     # counts as missing
     selected, last = (root / "baselines" / "lora" / f"{tag}.safetensors" for root in (run, run / "final"))
@@ -58,5 +57,6 @@ def fit_lora(run, tag, base, rows, provenance, settings):
     write_json(path, dict(
         {key: provenance[key] for key in ("base", "id", "revision", "n", "seed", "data", "added")}, settings=settings,
         epoch_selected={task: learner.epoch for task, learner in zip(rows, learners)},
-        seconds=round(time.time() - start, 1), date=today()))
+        seconds=round(seconds, 1), date=today()))
+    forget(state)
     wait()                                                                           # evaluation reads it in every process

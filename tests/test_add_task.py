@@ -165,7 +165,7 @@ def test_eval_port_and_export_know_the_task(run, monkeypatch, world, capsys):
     assert "| four was learned later | 2000 rows on base-a, base-b |" in (world / "x" / "README.md").read_text()
 
     seen = []
-    monkeypatch.setattr(port, "fit", lambda *args, **_: seen.append(args[4]))
+    monkeypatch.setattr(port, "fit", lambda *args, **_: seen.append(args[4]) or 0.0)
     monkeypatch.setattr(port, "save_states", lambda *_: None)
     assert command(port, "--run", run, "--to", "./base-c", "--n", "4", "--overwrite") == 0
     assert list(seen[0]) == [*TASKS, "four"]

@@ -21,8 +21,10 @@ def main():
     except cli.BadInput as error:                            # in both; else one would wait for ever
         open(f"process {{dist.RANK}}", "w").write(str(error))
     train.main({TRAIN + ["two"]})
+    cli.LOCKS.close()                                        # as the end of a command does
     dist.wait()
     port.main({PORT + ["two"]})
+    cli.LOCKS.close()
     dist.wait()
     evaluation.main(["--bases", "base-c", "--eval-rows", "4", "--run", "two"])
 cli.run_main(main)
@@ -80,8 +82,10 @@ def test_two_processes_make_the_run_that_one_makes(world, monkeypatch):
     assert "loss is not finite on base" in refused[0] and refused[0] == refused[1] and not (world / "bad").exists()
 
     monkeypatch.setitem(train.REAL, "sizes", SIZES), monkeypatch.setitem(train.REAL, "lora", LORA)
-    train.main([*TRAIN, "one"]), port.main([*PORT, "one"])
-    evaluation.main(["--bases", "base-c", "--eval-rows", "4", "--run", "one"])
+    for main, argv in ((train.main, [*TRAIN, "one"]), (port.main, [*PORT, "one"]),
+                       (evaluation.main, ["--bases", "base-c", "--eval-rows", "4", "--run", "one"])):
+        with cli.LOCKS:                                                              # as run_main does
+            main(argv)
     one, two = world / "one", world / "two"
     assert {str(p.relative_to(two)) for p in two.rglob("*")} == {str(p.relative_to(one)) for p in one.rglob("*")}
     assert not [p for p in world.iterdir() if p.name.startswith(".")]                # no folder was left half written
