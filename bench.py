@@ -56,7 +56,7 @@ class Work(NamedTuple):
         """The base as transformers loads it, for the peers: (model, tokenizer)."""
         _, where, revision, gguf = resolve(self.spec)
         options = {"revision": revision, **({"gguf_file": gguf} if gguf else {})}
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=self.dtype, **options)
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=self.dtype, use_safetensors=None if gguf else True, **options)
         return model.to(self.device).eval(), AutoTokenizer.from_pretrained(where, **options)
 
     def tasks(self, tokenizer, split):

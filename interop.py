@@ -18,8 +18,8 @@ from cli import BadInput, find_run, lock, new_folder, parse, read_json, run_main
 from data import load_tasks
 from eval import adapters_of
 from export import card, check_free, held, origin, write_folder
-from portal import (MODULES, Config, Converter, Portal, load_config, load_portal, load_tensors, save_converter, save_portal,
-                    save_tensors)
+from portal import (MODULES, Config, Converter, Portal, load_config, load_portal, load_tensors, plain, save_converter,
+                    save_portal, save_tensors)
 
 FORMAT = {"format_version": 1, "library_name": "portallib", "architecture": "canonical", "task_type": "CAUSAL_LM"}
 METADATA = {"format": "portallib", "format_version": "1"}                            # of model.safetensors
@@ -71,7 +71,7 @@ def read_artifact(folder):
     except (KeyError, TypeError, ValueError) as error:
         bad(f"config.json is not an artifact's ({error})")
     for task in cfg.tasks:                                                           # a task's name is a folder's name here
-        if not isinstance(task, str) or task in ("", ".", "..") or "/" in task:
+        if not plain(task):
             bad(f"task {task!r} cannot be the name of a folder")
     everywhere = sorted((m, layer) for m in groups for layer in range(layers))
     if sorted(places) != everywhere or max(map(len, groups.values())) > 1:

@@ -188,10 +188,19 @@ def load_config(run):
     """(portal.json as a dict, Config); BadInput if it is not one of ours."""
     saved = read_json(run / "portal.json")
     try:
-        saved["bases"], saved["seed"], saved["data"]
-        return saved, Config(**saved["config"])
+        cfg, names = Config(**saved["config"]), [*saved["config"]["tasks"], *(b["base"] for b in saved["bases"])]
+        saved["seed"], saved["data"]
     except (KeyError, TypeError) as error:
         raise BadInput(f"{run / 'portal.json'}: not a PorTAL configuration ({error})")
+    for name in names:
+        if not plain(name):
+            raise BadInput(f"{run / 'portal.json'}: {name!r} is no name of a task or a base: it names files and folders here")
+    return saved, cfg
+
+
+def plain(name):
+    """Whether a name that comes out of a file can name a file: it must not lead out of its folder."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not {"/", "\\", "\0"} & set(name)
 
 
 def load_converter(cfg, path):

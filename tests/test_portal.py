@@ -7,7 +7,7 @@ import torch
 from conftest import SIZES, tiny_base
 
 from cli import BadInput
-from portal import MODULES, Config, Converter, Portal, load_portal, save_portal, save_tensors
+from portal import MODULES, Config, Converter, Portal, load_config, load_portal, save_portal, save_tensors
 from cli import write_json
 
 
@@ -100,3 +100,13 @@ def test_a_truncated_or_foreign_file_is_named(tmp_path, name):
     save_tensors(path, {"something": torch.zeros(2)})
     with pytest.raises(BadInput, match=f"{path.name}.*do not fit"):
         load_portal(tmp_path, ["tiny"])
+
+
+@pytest.mark.parametrize("change", [{"config": {"tasks": ["../../elsewhere"]}}, {"bases": [{"base": "a/../../b"}]}])
+def test_names_in_portal_json_cannot_lead_out_of_the_run(tmp_path, change):
+    saved = {"config": {"tasks": ["one"]}, "bases": [{"base": "tiny"}], "seed": 0, "data": "data"}
+    write_json(tmp_path / "portal.json", saved)
+    assert load_config(tmp_path)[1].tasks == ["one"]
+    write_json(tmp_path / "portal.json", {**saved, **change})
+    with pytest.raises(BadInput, match="is no name of a task or a base"):
+        load_config(tmp_path)
