@@ -22,7 +22,7 @@ adapter's time is its bytes and nothing else, and the art is to touch x, y, dx a
                                                        together             8 n (d_in + d_out) bytes
 
 Three kernels that swap roles are all of it. Qwen3-4B's q (2560 -> 4096) at 4,096 tokens: 218 MB, 65 us at 3.35 TB/s,
-beside 172 GFLOP, 174 us at 990 TFLOP/s, of the frozen matmul and its dx. q and v of a layer: 102 us of bytes beside the
+beside 172 GFLOP, 174 us at 990 TFLOP/s, of the frozen matmul and its dx. q and v of a layer: 100 us of bytes beside the
 1.7 ms of the layer's seven frozen matmuls, 6%; all seven: 0.56 ms, 34%. (Arithmetic; on a GPU
 not measured. What would go below it is fewer passes: one shrink for q, k, v, which share x, and ds and dB from one reading
 of dy.) On a CPU, where matmuls are slower beside memory, the twins measure 5% and 19%: results/kernels-cpu.md.
