@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from baselines.lora import ALPHA, RANK, TaskLoRAs
-from bases import load_base, resolve
+from bases import load_base, pretrained, resolve
 from cli import ROOT, BadInput, first_sentence, parse, run_main, today, write_whole
 from data import collate, encode, load_tasks, micro_batches, sample
 from eval import full_precision, hardware, score
@@ -54,10 +54,9 @@ class Work(NamedTuple):
 
     def load_plain(self):
         """The base as transformers loads it, for the peers: (model, tokenizer)."""
-        _, where, revision, gguf = resolve(self.spec)
-        options = {"revision": revision, **({"gguf_file": gguf} if gguf else {})}
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=self.dtype, use_safetensors=None if gguf else True, **options)
-        return model.to(self.device).eval(), AutoTokenizer.from_pretrained(where, **options)
+        *_, gguf = resolve(self.spec)
+        model = pretrained(AutoModelForCausalLM, self.spec, dtype=self.dtype, use_safetensors=None if gguf else True)
+        return model.to(self.device).eval(), pretrained(AutoTokenizer, self.spec)
 
     def tasks(self, tokenizer, split):
         """{task: its first `rows` rows, in a seeded order, whose prompt is within MAX_PROMPT}."""

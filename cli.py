@@ -271,6 +271,11 @@ def find_run(run):
     return run
 
 
+def occupied(path):
+    """Whether something stands at `path` that a new folder must not replace unasked; an empty folder does not count."""
+    return path.exists() and not (path.is_dir() and not any(path.iterdir()))
+
+
 def beside(run, kind):
     """out/toy -> out/.toy.<kind>"""
     return run.resolve().with_name(f".{run.resolve().name}.{kind}")

@@ -11,7 +11,7 @@ import json, pathlib
 import torch
 
 from bases import reload_base, resolve
-from cli import BadInput, find_run, first_sentence, new_folder, parse, read_json, run_main, write_json
+from cli import BadInput, find_run, first_sentence, new_folder, occupied, parse, read_json, run_main, write_json
 from eval import adapters_of, read_results
 from portal import load_config, save_tensors
 
@@ -38,7 +38,7 @@ def origin(p):
 
 def check_free(path, overwrite):
     """BadInput unless `path` may be written: it is new, it is empty, or --overwrite replaces an earlier export."""
-    if not path.exists() or path.is_dir() and not any(path.iterdir()):
+    if not occupied(path):
         return
     readme = path / "README.md"
     if not readme.is_file() or MARK not in readme.read_text(errors="replace"):

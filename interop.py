@@ -14,7 +14,7 @@ import dataclasses, pathlib
 import safetensors, torch
 
 from bases import lasting, reload_base, resolve
-from cli import BadInput, find_run, lock, new_folder, parse, read_json, run_main, today, write_json
+from cli import BadInput, find_run, lock, new_folder, occupied, parse, read_json, run_main, today, write_json
 from data import load_tasks
 from eval import adapters_of
 from export import card, check_free, held, origin, write_folder
@@ -126,7 +126,7 @@ def read(args):
             raise BadInput(f"{run} already holds {name}; --overwrite replaces its converter")
         add(run, saved)
     else:
-        if run.exists() and not (run.is_dir() and not any(run.iterdir())):
+        if occupied(run):
             raise BadInput(f"{run} is neither empty nor a run folder; --run DIR names another")
         with new_folder(run) as folder:
             save_portal(folder, portal)

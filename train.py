@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from bases import load_base, reload_base, short_name, short_names
-from cli import (OUT, ROOT, TOY_SEEN, TOY_UNSEEN, BadInput, append_jsonl, beside, find_run, lock, new_folder, out_of_memory,
-                 parse, read_json, run_main, today, write_json, write_whole)
+from cli import (OUT, ROOT, TOY_SEEN, TOY_UNSEEN, BadInput, append_jsonl, beside, find_run, lock, new_folder, occupied,
+                 out_of_memory, parse, read_json, run_main, today, write_json, write_whole)
 from data import Cycle, Item, collate, encode, load_tasks, micro_batches, sample, to_device
 from dist import NO_BAR, RANK, share, total
 from eval import evaluate, full_precision, macro
@@ -420,7 +420,7 @@ def main(argv=None):
     cfg = Config(tasks=list(rows), **default["sizes"])
     cfg.modules, cfg.norm = args.modules or cfg.modules, args.norm or cfg.norm
     cfg.rank, cfg.alpha = args.rank or cfg.rank, 2 * (args.rank or cfg.rank)
-    if run.exists() and not (run / "portal.json").exists() and not (run.is_dir() and not any(run.iterdir())):
+    if occupied(run) and not (run / "portal.json").exists():
         raise BadInput(f"{run} is neither empty nor a run folder; --run DIR names another")
     if not args.dry_run:
         lock(run)

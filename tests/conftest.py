@@ -97,6 +97,19 @@ def lora_hooks(model, A, B, scale):
     return handles
 
 
+def plain_loss(model, factors, items):
+    """The mean NLL of the items' answer tokens with one task's `factors` (A, B, scale), a row at a time, with its graph."""
+    handles, nll, tokens = lora_hooks(model, *factors), 0.0, 0
+    for item in items:
+        answer = item.continuations[0]
+        log_p = model(input_ids=torch.tensor([item.prompt + answer])).logits[0].log_softmax(-1)
+        nll = nll - sum(log_p[len(item.prompt) + i - 1, token] for i, token in enumerate(answer))
+        tokens += len(answer)
+    for h in handles:
+        h.remove()
+    return nll / tokens
+
+
 def peft_projections(model):
     """Every LoRA layer of a PEFT model as (module kind, layer, PEFT's module)."""
     for name, module in model.named_modules():

@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from conftest import SIZES, exact_norms, lora_hooks, tiny_base, tiny_model, write_task
+from conftest import SIZES, exact_norms, plain_loss, tiny_base, tiny_model, write_task
 from test_bases import of_task
 from test_cli import command, fingerprint, one_line
 from test_portal import make_portal
@@ -67,17 +67,8 @@ def plain_loop(run, folder, lr, seed):
     for k in range(rounds):
         pulls = []
         for name, model in models.items():
-            portal.z, nll, tokens = z[None], 0.0, 0
-            adapters = portal.adapters(name)
-            handles = lora_hooks(model, *of_task(adapters, 0))
-            for item in cycles[name].next():
-                answer = item.continuations[0]
-                log_p = model(input_ids=torch.tensor([item.prompt + answer])).logits[0].log_softmax(-1)
-                nll = nll - sum(log_p[len(item.prompt) + i - 1, token] for i, token in enumerate(answer))
-                tokens += len(answer)
-            for h in handles:
-                h.remove()
-            loss = nll / tokens
+            portal.z = z[None]
+            loss = plain_loss(model, of_task(portal.adapters(name), 0), cycles[name].next())
             running[name] = 0.9 * running[name] + 0.1 * loss.item() if name in running else loss.item()
             pulls.append(torch.autograd.grad(loss / running[name], z)[0])
         mean = sum(pull.norm() for pull in pulls) / len(pulls)

@@ -3,7 +3,8 @@ import json
 
 import pytest
 import torch
-from conftest import exact_norms, lora_hooks, tiny_base, tiny_model
+from conftest import exact_norms, lora_hooks, plain_loss, tiny_base, tiny_model
+from test_bases import of_task
 from test_portal import make_portal
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -51,7 +52,7 @@ def test_mixed_round_equals_one_task_at_a_time(architecture, max_tokens):
         mask = torch.tensor([[1] * len(text) + [0] * m for text, m in zip(texts, missing)])
         labels = torch.tensor([[-100] * len(i.prompt) + i.continuations[0] + [-100] * m for i, m in zip(rows, missing)])
         adapters = portal.adapters("tiny")
-        handles = lora_hooks(model, {m: a[t] for m, a in adapters.A.items()}, {m: b[t] for m, b in adapters.B.items()}, adapters.scale)
+        handles = lora_hooks(model, *of_task(adapters, t))
         logits = model(input_ids=ids, attention_mask=mask).logits
         for h in handles:
             h.remove()
@@ -100,17 +101,7 @@ def test_the_loss_curve_is_that_of_the_plain_loop(tmp_path):
         for b, model in zip(names, models):
             portal.z.grad = None
             for t, task in enumerate(rows):
-                adapters = portal.adapters(b)
-                handles = lora_hooks(model, {m: a[t] for m, a in adapters.A.items()}, {m: a[t] for m, a in adapters.B.items()}, adapters.scale)
-                nll, tokens = 0.0, 0
-                for item in cycles[b, task].next():
-                    answer = item.continuations[0]
-                    log_p = model(input_ids=torch.tensor([item.prompt + answer])).logits[0].log_softmax(-1)
-                    nll = nll - sum(log_p[len(item.prompt) + i - 1, token] for i, token in enumerate(answer))
-                    tokens += len(answer)
-                for h in handles:
-                    h.remove()
-                loss = nll / tokens
+                loss = plain_loss(model, of_task(portal.adapters(b), t), cycles[b, task].next())
                 running[b, t] = 0.9 * running[b, t] + 0.1 * loss.item() if (b, t) in running else loss.item()
                 (loss / max(running[b, t], 1e-3)).backward()
                 total += loss.item() / 6
