@@ -132,6 +132,9 @@ FLAGS = {
                   help="training rows a task, a seeded random sample (held-out rows are part of it)"),
         "eval-rows": dict(type=positive(int), metavar="N",
                           help="evaluation rows a task, a seeded random sample (default: all)"),
+        "methods": dict(type=commas(), metavar="A,B", help="methods to measure, of base,lora,lora_iso,cross_lora,copy,random,"
+                        "hypernet,portal (default: all but lora_iso, LoRAs with as many parameters as the converter, and "
+                        "hypernet, the generator trained on that base alone)"),
         "method": dict(choices=["portal", "lora", "cross_lora", "copy", "random"], default="portal", help="whose adapters"),
         "artifact": dict(type=pathlib.Path, metavar="DIR",
                          help="a portallib artifact to read: config.json, model.safetensors"),

@@ -22,7 +22,9 @@ from dist import NO_BAR, RANK, shared
 from portal import load_adapters, load_config, load_converter, load_portal, saved_at
 from resume import Journal, command_of, forget
 
-METHODS = ("base", "lora", "cross_lora", "copy", "random", "portal")
+METHODS = ("base", "lora", "lora_iso", "cross_lora", "copy", "random", "hypernet", "portal")
+USUAL = [m for m in METHODS if m not in ("lora_iso", "hypernet")]  # those two take --methods
+TRANSFERS = {"cross_lora", "copy", "random"}
 
 
 # ---------------------------------------------------------------------------------------------- the two numbers
@@ -281,10 +283,10 @@ def plot_log(path):
 
 # ---------------------------------------------------------------------------------------------- the command
 def main(argv=None):
-    from baselines import cross_lora, lora    # these train with train.fit, which scores its epochs with this file
+    from baselines import cross_lora, hypernet, lora  # these train with train.fit, which scores its epochs with this file
     from bases import reload_base, short_name
-    from train import REAL, TOY, preset
-    args = parse(__doc__, "run bases data tasks epochs batch-size lr max-tokens recompute eval-rows show log device dtype "
+    from train import REAL, TOY, chosen, preset
+    args = parse(__doc__, "run bases data tasks methods epochs batch-size lr max-tokens recompute eval-rows show log device dtype "
                           "device-map quantize overwrite", argv, (TOY["lora"], REAL["lora"]),
                  epochs=dict(help="of the LoRA baseline"), batch_size=dict(help="of the LoRA baseline"),
                  lr=dict(help="of the LoRA baseline"),
@@ -297,14 +299,17 @@ def main(argv=None):
     seen = [b["base"] for b in saved["bases"]]
     provenance = {p.stem: read_json(p) for p in sorted((run / "converters").glob("*.json"))}  # {tag: ...}
     held = [*seen, *sorted({p["base"] for p in provenance.values()} - set(seen))]
-    chosen = [short_name(name) for name in args.bases or held]
-    for name in chosen:
+    wanted, methods = [short_name(name) for name in args.bases or held], args.methods or USUAL
+    for name in wanted:
         if name not in held:
             raise BadInput(f"base {name!r} is not in {run}; it holds {', '.join(held)}; python port.py --to NAME adds one")
-    for p in [saved, *(p for p in provenance.values() if p["base"] in {*chosen, *seen})]:
+    for p in [saved, *(p for p in provenance.values() if p["base"] in {*wanted, *seen})]:
         if None in (p.get("n", 0), p["seed"], p["data"]):
             raise BadInput(f"{run}: an artifact does not say which rows it was fitted on, and a LoRA beside it needs them; "
                            "python interop.py with --n, --seed, --data and --overwrite reads it again and records them")
+    for method in methods:
+        if method not in METHODS:
+            raise BadInput(f"--methods: unknown method {method!r}; accepted are {', '.join(METHODS)}")
     for task in args.tasks or ():
         if task not in cfg.tasks:
             raise BadInput(f"--tasks: unknown task {task!r}; this run knows {', '.join(cfg.tasks)}")
@@ -324,25 +329,28 @@ def main(argv=None):
                                             args.quantize or p.get("quantize"))
         return loaded[p["base"]]
 
-    def ensure_lora(tag):
-        """Fit the per-task LoRAs of a base on the very rows its converter was fitted on (of a task that was added since:
-        on as many), unless they are there."""
-        if tag in fitted:
+    def ensure(method, tag):
+        """Fit a trained baseline of a base on the very rows its converter was fitted on (of a task that was added since: on
+        as many), unless it is there."""
+        what = f"{method} {tag}"
+        if what in fitted:
             return
-        fitted.add(tag)
-        p, path = {"added": added, **provenance[tag]}, run / "baselines" / "lora" / f"{tag}.json"
+        fitted.add(what)
+        p, path = {"added": added, **provenance[tag]}, run / "baselines" / method / f"{tag}.json"
         before = {"added": {}, **read_json(path)} if path.exists() else {}
         there = all(before.get(key) == p[key] for key in ("id", "revision", "n", "seed", "data", "added"))
-        if args.overwrite and f"LoRA {tag}" not in journal.done or not there:
-            tasks = load_run_tasks(saved, pathlib.Path(p["data"]))
-            train_rows = {task: sample(splits["train"], p["n"], p["seed"]) for task, splits in tasks.items()}
-            settings = {k: getattr(args, k) or v for k, v in preset([p["base"]])["lora"].items()}
-            lora.fit_lora(run, tag, base_of(tag), train_rows, p, settings)
-            journal.add(f"LoRA {tag}")
+        if there and not (args.overwrite and what not in journal.done):
+            return print(f"{what}: fitted before with {before['settings']}; --overwrite fits it again")
+        tasks, base, default = load_run_tasks(saved, pathlib.Path(p["data"])), base_of(tag), preset([p["base"]])
+        train_rows = {task: sample(splits["train"], p["n"], p["seed"]) for task, splits in tasks.items()}
+        if method == "hypernet":                                                     # with the settings of source training
+            hypernet.fit_hypernet(run, tag, base, train_rows, p, default, cfg)
         else:
-            print(f"LoRA {tag}: fitted before with {before['settings']}; --overwrite fits it again")
+            sizes = lora.iso_sizes(cfg, base, len(train_rows)) if method == "lora_iso" else {}
+            lora.fit_lora(run, tag, base, train_rows, p, chosen(args, default["lora"]), method, **sizes)
+        journal.add(what)
 
-    for tag in [tag for name in chosen for tag, p in provenance.items() if p["base"] == name]:
+    for tag in [tag for name in wanted for tag, p in provenance.items() if p["base"] == name]:
         if not args.show and tag in journal.done:
             continue
         base, p = base_of(tag), provenance[tag]
@@ -354,13 +362,14 @@ def main(argv=None):
             if tag == base.name:                                                     # not the smaller samples of a sweep
                 show(run, base, items, max_tokens)
             continue
-        ensure_lora(tag)
-        transfers = ()
+        for method in methods:
+            if method in ("lora", "lora_iso", "hypernet"):
+                ensure(method, tag)
         source = next((name for name in reversed(seen) if name != base.name), None)  # whose LoRAs are carried over
-        if source:
-            ensure_lora(source)
-            transfers = cross_lora.transfer_all(run, tag, base, base_of(source), p["seed"])
-        for method in ("base", "lora", *transfers, "portal"):
+        if source and TRANSFERS & set(methods):
+            ensure("lora", source)
+            cross_lora.transfer_all(run, tag, base, base_of(source), p["seed"])
+        for method in methods if source else [m for m in methods if m not in TRANSFERS]:
             measure(run, method, tag, base, items, cfg.tasks, max_tokens, journal, dict(
                 role="seen" if base.name in seen else "unseen", seed=p["seed"], n=0 if method == "base" else p["n"]))
         journal.add(tag)                                                             # and the base need not be loaded again

@@ -4,7 +4,8 @@
     python port.py --to gemma-3-4b --n 1000        n training rows a task; --n 50,100,200 refits once for each
     python port.py --dry-run                       what that would take in memory and time
 
-The port starts at the identity (P_out is zero) and takes the training loop as it is: all that differs is what is frozen.
+The port starts at the identity (P_out is zero) and with the layer embeddings of a base that the core knows; it takes
+the training loop as it is: all that differs is what is frozen.
 """
 import pathlib
 
@@ -16,7 +17,7 @@ from cli import (TOY_UNSEEN, BadInput, commas, find_run, lock, parse, positive, 
 from data import load_run_tasks, sample
 from portal import Converter, load_config, load_portal, save_converter
 from resume import Journal, command_of, forget
-from train import REAL, TOY, dry_run, fit, portal_learner, preset, save_states
+from train import REAL, TOY, chosen, dry_run, fit, portal_learner, preset, save_states
 
 
 def state_of(run, tag):
@@ -24,13 +25,15 @@ def state_of(run, tag):
 
 
 def port(run, portal, base, tag, rows, n, seed, data, settings, journal, rehearse=False):
-    """Refit one converter and save it as converters/<tag>; core and latents are bit for bit what they were. `rehearse`:
-    only say what that would take."""
+    """Refit one converter and save it as converters/<tag>; core and latents are bit for bit what they were. `portal`
+    comes with the converters of the bases that the core was trained on. `rehearse`: only say what that would take."""
     frozen = [p.requires_grad_(False) for p in (portal.z, *portal.core.parameters())]
     before = [p.clone() for p in frozen]
+    like = min(portal.converters.values(), key=lambda seen: abs(len(seen.e) - base.layers),  # nearest in depth;
+               default=None)                                                         # none: all were read as ported
     torch.manual_seed(seed)
-    portal.converters = {base.name: Converter(portal.cfg, base.layers, base.dims, port=True).to(base.device)}
-    learner = portal_learner(portal, rows, settings["epochs"], settings["batch_size"], settings["lr"])
+    portal.converters = {base.name: Converter(portal.cfg, base.layers, base.dims, like).to(base.device)}
+    learner = portal_learner(portal, rows, *(settings[k] for k in ("epochs", "batch_size", "lr", "least")))
     if rehearse:
         return dry_run(f"port {tag}", [base], portal.adapters, learner, rows, seed, settings)
     seconds = fit(f"port {tag}", [base], portal.adapters, [learner], rows, seed=seed, log=run / "log.jsonl",
@@ -85,11 +88,11 @@ def main(argv=None):
     for spec, fits in jobs:
         base = load_base(spec, args.device, args.dtype, args.recompute, args.device_map, args.quantize)
         default = preset([base.name])["port"]
-        settings = {k: getattr(args, k) or v for k, v in default.items() if k != "n"}
+        settings = {k: v for k, v in chosen(args, default).items() if k != "n"}
         for tag, n in fits:
             rows = {task: sample(splits["train"], n, seed) for task, splits in data.items()}
-            port(run, load_portal(run).to(args.device), base, tag, rows, n, seed, str(folder.resolve()), settings, journal,
-                 args.dry_run)
+            port(run, load_portal(run, [b["base"] for b in saved["bases"]]).to(args.device), base, tag, rows, n, seed,
+                 str(folder.resolve()), settings, journal, args.dry_run)
     if not args.dry_run:
         forget(journal.path)
 

@@ -89,15 +89,23 @@ class Core(nn.Module):
 class Converter(nn.Module):
     """Layer embeddings e and the aligner P_in, P_out of one base with `layers` layers and `dims` {m: (d_in, d_out)}.
 
-    At a port the core is already trained and its B-heads are no longer zero: `port=True` starts P_out at zero
-    instead, so that a port, too, starts at the identity.
+    At a port the core is already trained and its B-heads are no longer zero: P_out starts at zero instead, so that a
+    port, too, starts at the identity. `like` is then the converter of a base that the core was trained on, and e starts
+    as its layer embeddings, each layer taking those of the same relative depth: the core has met no others, and a few
+    hundred steps hardly move random ones (the write-up's start) to where it knows what to do with them.
     """
 
-    def __init__(self, cfg, layers, dims, port=False):
+    def __init__(self, cfg, layers, dims, like=None):
         super().__init__()
-        self.e = nn.Parameter(torch.randn(layers, cfg.d_e))
+        self.e = nn.Parameter(torch.randn(layers, cfg.d_e) if like is None else
+                              torch.stack([like.e.detach()[same_depth(l, layers, len(like.e))] for l in range(layers)]))
         self.P_in = nn.ParameterDict({m: 0.02 * torch.randn(cfg.d_c, dims[m][0]) for m in cfg.modules})
-        self.P_out = nn.ParameterDict({m: (0 if port else 0.02) * torch.randn(dims[m][1], cfg.d_c) for m in cfg.modules})
+        self.P_out = nn.ParameterDict({m: (0 if like else 0.02) * torch.randn(dims[m][1], cfg.d_c) for m in cfg.modules})
+
+
+def same_depth(l, layers, source_layers):
+    """The layer of a base with `source_layers` at the relative depth of layer l of one with `layers`."""
+    return round(l * (source_layers - 1) / max(1, layers - 1))
 
 
 class Portal:

@@ -24,13 +24,15 @@ from eval import evaluate, full_precision, macro
 from portal import Config, Converter, Portal, load_config, load_portal, load_tensors, save_portal, save_tensors
 from resume import State, digest, forget, unbroken
 
-# The write-up's numbers for real bases (appendix A); the toy's own, chosen on rows held out of its train split.
-REAL = dict(n=2000, epochs=5, batch_size=4, lr=1e-3, max_tokens=4096, sizes={},
-            port=dict(n=1000, epochs=5, batch_size=4, lr=1e-3, max_tokens=4096),
-            lora=dict(epochs=5, batch_size=4, lr=1e-4, max_tokens=4096))
-TOY = dict(n=1000, epochs=4, batch_size=8, lr=1e-3, max_tokens=4096, sizes=dict(d_z=64, hidden=256, d_c=256, gain=1.0),
-           port=dict(n=1000, epochs=3, batch_size=8, lr=1e-3, max_tokens=4096),
-           lora=dict(epochs=2, batch_size=8, lr=3e-3, max_tokens=4096))
+# The write-up's numbers for real bases (appendix A); the toy's own, chosen on rows held out of its train split. An epoch is
+# a pass over the largest task, and has `least` rounds at the least: on a few rows a pass alone would teach nothing.
+REAL = dict(n=2000, epochs=5, batch_size=4, lr=1e-3, least=1, max_tokens=4096, sizes={},
+            port=dict(n=1000, epochs=5, batch_size=4, lr=1e-3, least=1, max_tokens=4096),
+            lora=dict(epochs=5, batch_size=4, lr=1e-4, least=1, max_tokens=4096))
+TOY = dict(n=1000, epochs=4, batch_size=8, lr=1e-3, least=28, max_tokens=4096,
+           sizes=dict(d_z=64, hidden=256, d_c=256, gain=1.0),
+           port=dict(n=1000, epochs=3, batch_size=8, lr=1e-3, least=28, max_tokens=4096),
+           lora=dict(epochs=2, batch_size=8, lr=3e-3, least=28, max_tokens=4096))
 
 
 def preset(names):
@@ -40,7 +42,7 @@ def preset(names):
 
 def chosen(args, default):
     """The preset's settings, but for those that were given as flags."""
-    return {k: getattr(args, k) or v for k, v in default.items() if not isinstance(v, dict)}
+    return {k: getattr(args, k, None) or v for k, v in default.items() if not isinstance(v, dict)}
 
 
 # ---------------------------------------------------------------------------------------------- one round
@@ -175,8 +177,9 @@ def one_round(bases, generate, learners, items, max_tokens, running=None, z=None
     return torch.stack(losses)
 
 
-def rounds_of(rows, batch_size):
-    return -(-len(rows) // batch_size)
+def rounds_of(rows, batch_size, least=1):
+    """Rounds of an epoch: a pass over a task's rows, and `least` at the least."""
+    return max(least, -(-len(rows) // batch_size))
 
 
 def identity(what, bases, learners, rows, frozen, settings):
@@ -301,13 +304,13 @@ def peak_memory(device):
 
 
 # ---------------------------------------------------------------------------------------------- the command
-def portal_learner(portal, rows, epochs, batch_size, lr):
+def portal_learner(portal, rows, epochs, batch_size, lr, least=1):
     """One learner for everything that is not frozen: core and converters at lr, z at twice that (appendix A)."""
     modules = [portal.core, *portal.converters.values()]
     groups = [{"params": [p for m in modules for p in m.parameters() if p.requires_grad], "lr": lr}]
     if portal.z.requires_grad:
         groups.append({"params": [portal.z], "lr": 2 * lr})
-    return Learner(groups, list(rows), max(rounds_of(train, batch_size) for train, _ in rows.values()), epochs)
+    return Learner(groups, list(rows), max(rounds_of(train, batch_size, least) for train, _ in rows.values()), epochs)
 
 
 def dry_run(what, bases, generate, learner, rows, seed, settings, z=None):
@@ -378,7 +381,7 @@ def add_task(args):
     portal.z = torch.nn.Parameter(trained.mean(0, keepdim=True))                     # [1, d_z]
     frozen = [p.requires_grad_(False) for module in (portal.core, *portal.converters.values()) for p in module.parameters()]
     before = [p.clone() for p in frozen]
-    learner = portal_learner(portal, rows, settings["epochs"], settings["batch_size"], settings["lr"])
+    learner = portal_learner(portal, rows, *(settings[k] for k in ("epochs", "batch_size", "lr", "least")))
     if args.dry_run:
         return dry_run(f"add {task}", bases, portal.adapters, learner, rows, seed, settings, portal.z)
     lock(run)
@@ -435,7 +438,7 @@ def main(argv=None):
     for base in bases:
         portal.converters[base.name] = Converter(cfg, base.layers, base.dims)
     portal.to(args.device)
-    learner = portal_learner(portal, rows, settings["epochs"], settings["batch_size"], settings["lr"])
+    learner = portal_learner(portal, rows, *(settings[k] for k in ("epochs", "batch_size", "lr", "least")))
     if args.dry_run:
         return dry_run("train", bases, portal.adapters, learner, rows, seed, settings, portal.z)
     part = beside(run, "part")                                                       # until the run is whole

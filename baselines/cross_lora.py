@@ -23,14 +23,9 @@ from tqdm import tqdm
 
 from cli import read_json, write_json
 from dist import NO_BAR, RANK, wait
-from portal import Adapters, load_adapters, save_adapters
+from portal import Adapters, load_adapters, same_depth, save_adapters
 
 K = 320                                                                              # leading singular directions kept
-
-
-def same_depth(l, layers, source_layers):
-    """The source layer at target layer l's relative depth."""
-    return round(l * (source_layers - 1) / max(1, layers - 1))
 
 
 @functools.lru_cache(maxsize=2)                                                      # a deeper target asks for a source layer

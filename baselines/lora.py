@@ -7,11 +7,9 @@ would have ended alone; a small task simply sits out the rounds that its own epo
 import torch
 from torch import nn
 
-from cli import remove, today, write_json
-from dist import wait
-from portal import MODULES, Adapters, save_adapters
-from resume import forget
-from train import Learner, fit, rounds_of, save_states
+from baselines import fit_baseline
+from portal import MODULES, Adapters
+from train import Learner, rounds_of
 
 RANK, ALPHA = 16, 32
 
@@ -38,25 +36,19 @@ class TaskLoRAs:
         return [side[m][t] for side in (self.A, self.B) for m in side]
 
 
-def fit_lora(run, tag, base, rows, provenance, settings):
-    """Fit the LoRAs of all tasks on `rows` {task: (train, held out)} and save them as baselines/lora/<tag>; `provenance`
-    is that of the base's converter, whose rows and seed these are, with the run's tasks that were `added` since."""
+def fit_lora(run, tag, base, rows, provenance, settings, method="lora", **sizes):
+    """Fit the LoRAs of all tasks on `rows` {task: (train, held out)} and save them as baselines/<method>/<tag>."""
     torch.manual_seed(provenance["seed"])
-    loras = TaskLoRAs(len(rows), base)
+    loras = TaskLoRAs(len(rows), base, **sizes)
     learners = [Learner([{"params": loras.of(t), "lr": settings["lr"]}], [task],
-                        rounds_of(train, settings["batch_size"]), settings["epochs"])
+                        rounds_of(train, settings["batch_size"], settings["least"]), settings["epochs"])
                 for t, (task, (train, _)) in enumerate(rows.items())]
-    state = run / ".resume" / f"LoRA-{tag}.safetensors"
-    seconds = fit(f"LoRA {tag}", [base], loras.adapters, learners, rows, seed=provenance["seed"], log=run / "log.jsonl",
-                  ema=False, state=state, **{k: settings[k] for k in ("epochs", "batch_size", "max_tokens")})
-    path = run / "baselines" / "lora" / f"{tag}.json"                                # written last: without it the LoRA
-    remove(path)                                                                     # counts as missing
-    selected, last = (root / "baselines" / "lora" / f"{tag}.safetensors" for root in (run, run / "final"))
-    remove(last)
-    save_states(learners, settings["epochs"], lambda final: save_adapters(last if final else selected, loras.adapters()))
-    write_json(path, dict(
-        {key: provenance[key] for key in ("base", "id", "revision", "n", "seed", "data", "added")}, settings=settings,
-        epoch_selected={task: learner.epoch for task, learner in zip(rows, learners)},
-        seconds=round(seconds, 1), date=today()))
-    forget(state)
-    wait()                                                                           # evaluation reads it in every process
+    fit_baseline(run, method, tag, base, rows, provenance, settings, loras.adapters, learners, ema=False)
+
+
+def iso_sizes(cfg, base, n_tasks):
+    """Modules and rank with which LoRAs of `n_tasks` tasks have as many parameters as the base's converter, or nearly: the
+    write-up's LoRA has far more, and a method that fits fewer parameters needs fewer rows for that reason alone."""
+    width = sum(sum(base.dims[m]) for m in cfg.modules)                              # of one layer's A and B, at rank 1
+    rank = max(1, round((cfg.d_c * width + base.layers * cfg.d_e) / (n_tasks * base.layers * width)))
+    return dict(modules=cfg.modules, rank=rank, alpha=2 * rank)

@@ -21,7 +21,7 @@ ADD = "--epochs 1 --batch-size 2 --lr 0.01".split()
 @pytest.fixture
 def run(world, monkeypatch):
     """A run with random weights, as train.py and port.py would have left it; two tasks more, outside of its data."""
-    monkeypatch.setitem(train.REAL, "lora", dict(epochs=1, batch_size=4, lr=1e-3, max_tokens=200))
+    monkeypatch.setitem(train.REAL, "lora", dict(epochs=1, batch_size=4, lr=1e-3, least=1, max_tokens=200))
     folder = world / "run"
     portal = make_portal(tiny_base(name="base-a"), tasks=TASKS)
     for name, architecture in (("base-b", "llama"), ("base-c", "gemma3")):
@@ -136,7 +136,7 @@ def test_eval_port_and_export_know_the_task(run, monkeypatch, world, capsys):
     one_line(capsys, ["lora adapters of base-c are older than its task 'four'", "eval.py"])
     assert command(evaluation, "--run", run, "--bases", "./base-c") == 0
     rows = results()[len(first):]
-    assert {(r["task"], r["method"]) for r in rows} == {(t, m) for t in (*TASKS, "four") for m in evaluation.METHODS}
+    assert {(r["task"], r["method"]) for r in rows} == {(t, m) for t in (*TASKS, "four") for m in evaluation.USUAL}
     base, eval_rows = load_base("./base-c"), load_tasks(world / "aside", ["four"])["four"]["eval"]
     items, _ = encode(base.tokenizer, eval_rows, saved(run)["config"]["tasks"])
     alone = evaluation.evaluate(base, load_portal(run, ["base-c"]).adapters("base-c"), items, 200)

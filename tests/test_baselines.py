@@ -3,10 +3,10 @@ import peft, torch
 from conftest import peft_projections, tiny_base, tiny_model
 from test_bases import random_adapters
 
-from baselines.cross_lora import copy, cross_lora, delta_norm, random, same_depth, subspace, transfer
+from baselines.cross_lora import copy, cross_lora, delta_norm, random, subspace, transfer
 from baselines.lora import TaskLoRAs
 from data import Cycle, Row, encode
-from portal import MODULES, Adapters, load_adapters, save_adapters
+from portal import MODULES, Adapters, load_adapters, same_depth, save_adapters
 from train import Learner, fit, rounds_of
 
 

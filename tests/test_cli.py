@@ -16,7 +16,7 @@ TRAIN = ["--bases", "./base-a,./base-b", *QUICK]
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setitem(train.REAL, "sizes", dict(d_z=8, d_e=4, hidden=16, d_c=12))
-    monkeypatch.setitem(train.REAL, "lora", dict(epochs=2, batch_size=2, lr=1e-3, max_tokens=200))
+    monkeypatch.setitem(train.REAL, "lora", dict(epochs=2, batch_size=2, lr=1e-3, least=1, max_tokens=200))
 
 
 def command(module, *argv):
@@ -50,15 +50,16 @@ def test_train_port_eval(trained, capsys):
     provenance = json.loads((trained / "converters" / "base-c.json").read_text())
     assert provenance["n"] == 8 and provenance["ported"] and provenance["id"].endswith("base-c")
     assert {"base-a.safetensors", "base-b.safetensors", "base-c.safetensors", "base-c@4.safetensors"} <= set(os.listdir(trained / "converters"))
-    assert command(evaluation) == 0
+    every = ["--methods", ",".join(evaluation.METHODS)]
+    assert command(evaluation, *every) == 0
     rows = [json.loads(line) for line in (trained / "results.jsonl").read_text().splitlines()]
     assert set(rows[0]) == {"method", "base", "role", "task", "seed", "n", "select", "acc_norm", "log_loss", "rows", "seconds"}
     assert {(r["method"], r["base"]) for r in rows} == {(m, b) for m in evaluation.METHODS for b in ("base-a", "base-b", "base-c")}
     assert {r["role"] for r in rows if r["base"] == "base-c"} == {"unseen"} and {r["n"] for r in rows if r["base"] == "base-c"} == {0, 4, 8}
     assert {"results.md", "base-a-n8.png", "base-c-n4.png", "base-c-n8.png"} <= set(os.listdir(trained))
-    assert set(os.listdir(trained / "baselines")) == {"lora", "cross_lora", "copy", "random"}
+    assert set(os.listdir(trained / "baselines")) == {*evaluation.METHODS} - {"base", "portal"}
     fitted = (trained / "baselines" / "lora" / "base-c.safetensors").stat().st_mtime_ns
-    assert command(evaluation, "--bases", "./base-c", "--tasks", "one") == 0         # what is fitted is not fitted again
+    assert command(evaluation, *every, "--bases", "./base-c", "--tasks", "one") == 0         # what is fitted is not fitted again
     assert (trained / "baselines" / "lora" / "base-c.safetensors").stat().st_mtime_ns == fitted
     again = [json.loads(line) for line in (trained / "results.jsonl").read_text().splitlines()][len(rows):]
     same = {(r["method"], r["n"], r["select"]): r["acc_norm"] for r in rows if (r["base"], r["task"]) == ("base-c", "one")}

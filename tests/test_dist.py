@@ -8,7 +8,7 @@ import torch
 import cli, dist, eval as evaluation, port, train
 from data import Item
 
-SIZES, LORA = dict(d_z=8, d_e=4, hidden=16, d_c=12), dict(epochs=2, batch_size=2, lr=1e-3, max_tokens=200)
+SIZES, LORA = dict(d_z=8, d_e=4, hidden=16, d_c=12), dict(epochs=2, batch_size=2, lr=1e-3, least=1, max_tokens=200)
 TRAIN = "--bases ./base-a,./base-b --data data --n 9 --epochs 2 --batch-size 2 --max-tokens 60 --run".split()
 PORT = "--to ./base-c --n 9 --epochs 2 --batch-size 2 --max-tokens 60 --run".split()
 

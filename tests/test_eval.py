@@ -133,7 +133,7 @@ def test_training_on_completions_teaches_them_and_where_they_end(tmp_path):
 def opened(world, monkeypatch):
     """A trained run with a task of choices, "one", and one of completions, "say"; -> its folder."""
     monkeypatch.setitem(train.REAL, "sizes", dict(d_z=8, d_e=4, hidden=16, d_c=12))
-    monkeypatch.setitem(train.REAL, "lora", dict(epochs=1, batch_size=2, lr=1e-3, max_tokens=200))
+    monkeypatch.setitem(train.REAL, "lora", dict(epochs=1, batch_size=2, lr=1e-3, least=1, max_tokens=200))
     for split, n in (("train", 6), ("eval", 4)):
         rows = [{"task": "say", "prompt": f"w{i} w{n}", "completion": f" w{i + 7} w{i}"} for i in range(n)]
         (world / "data" / "say").mkdir(exist_ok=True)
