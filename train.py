@@ -31,8 +31,8 @@ REAL = dict(n=2000, epochs=5, batch_size=4, lr=1e-3, least=1, max_tokens=4096, s
             lora=dict(epochs=5, batch_size=4, lr=1e-4, least=1, max_tokens=4096))
 TOY = dict(n=1000, epochs=4, batch_size=8, lr=1e-3, least=28, max_tokens=4096,
            sizes=dict(d_z=64, hidden=256, d_c=256, gain=1.0),
-           port=dict(n=1000, epochs=3, batch_size=8, lr=1e-3, least=28, max_tokens=4096),
-           lora=dict(epochs=2, batch_size=8, lr=3e-3, least=28, max_tokens=4096))
+           port=dict(n=1000, epochs=3, batch_size=8, lr=1e-3, least=56, max_tokens=4096),
+           lora=dict(epochs=2, batch_size=8, lr=3e-3, least=56, max_tokens=4096))
 
 
 def preset(names):
@@ -283,7 +283,8 @@ def fit(what, bases, generate, learners, rows, *, epochs, batch_size, max_tokens
                 record = dict(
                     event="epoch", what=what, bases=[b.name for b in bases], epoch=epoch, loss=at.loss / per_epoch,
                     held_acc_norm=acc, held_log_loss=nll and -nll, seconds=round(seconds, 2),
-                    tokens_per_s=round(at.tokens / seconds), peak_memory=peak_memory(bases[0].device), date=today())
+                    rounds=per_epoch, tokens=at.tokens, tokens_per_s=round(at.tokens / seconds),
+                    peak_memory=peak_memory(bases[0].device), date=today())
                 at.lines, at.loss, at.tokens, at.began = [*at.lines, record], 0.0, 0, time.time() - start
                 at.seconds = at.began
                 saved.save()                                                         # before the line: see resume.py

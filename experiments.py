@@ -1,0 +1,300 @@
+"""The experiments: what the write-up claims in its tables and its figure, measured so that others can repeat it.
+
+    python experiments.py                          all of them on the toy: hours on two cores, and it shows progress
+    python experiments.py main --seeds 0           one of them, one seed
+    python experiments.py main sweep --bases A,B --to C,D --data DIR --out out/real       on other bases
+    python eval.py --table all --results out/experiments                                  the tables and plots of it
+
+    main        sections 6.1 to 6.3: every method on the source bases and on the unseen ones
+    sweep       section 6.4: the rows a port needs, beside those that a LoRA needs
+    ablation    one piece of the method at a time taken away or replaced, on a quarter of the toy's rows
+    competition the write-up's open problem: what the tasks do to each other's gradients (competition.py)
+    carry       a task learned after the port, in a world of a hundred skills (carry_over.py)
+
+An experiment is a list of steps, and a step is the commands of this project, one after the other, on run folders under
+<out>/runs. What was finished is not done again, and what was interrupted goes on inside its command (resume.py), so the
+same command line may be given until all is there. <out>/results.jsonl and about.json are gathered from the run folders
+after every step: tables.py draws from these two files alone.
+"""
+import argparse, contextlib, json, pathlib, re, shlex, shutil, subprocess
+from unittest import mock
+
+import torch
+from transformers import AutoConfig
+
+import eval, port, portal, train
+from bases import pretrained, short_name
+from cli import (LOCKS, OUT, ROOT, TOY_UNSEEN, BadInput, Parser, commas, new_folder, positive, read_json, run_main, seed,
+                 write_json, write_whole)
+from eval import METHODS, hardware
+from portal import load_adapters, load_config, load_converter
+
+SWEEP = (8, 16, 32, 64, 125, 250, 500, 1000, 2000)
+QUARTER = 250                                                                        # rows a task of an ablation
+
+
+# ---------------------------------------------------------------------------------------------- ablations
+# What is taken away or replaced, as (flags of train.py, patches, whether only the port is concerned). The patches reach into
+# the method where a reader would: what they change is named in the code, and no option of the commands is needed for it.
+def without_film(init=portal.Core.__init__):
+    def replaced(core, cfg):
+        init(core, cfg)
+        core.film.requires_grad_(False)                                              # zero it is and stays: gamma = beta = 0
+    return mock.patch.object(portal.Core, "__init__", replaced)
+
+
+def sizes(**changes):
+    return mock.patch.dict(train.TOY["sizes"], changes)
+
+
+def ported_from(change, converter=portal.Converter):
+    """The port's fresh converter, changed."""
+    def replaced(*args):
+        made = converter(*args)
+        with torch.no_grad():
+            change(made)
+        return made
+    return mock.patch.object(port, "Converter", replaced)
+
+
+def lr_of_e(lr, learner=train.portal_learner):
+    """The port's layer embeddings at a learning rate of their own."""
+    def replaced(portal, rows, epochs, batch_size, rate, least):
+        rounds = learner(portal, rows, epochs, batch_size, rate, least).rounds
+        converter, = portal.converters.values()
+        aligner = [p for name, p in converter.named_parameters() if name != "e"]
+        return train.Learner([{"params": aligner, "lr": rate}, {"params": [converter.e], "lr": lr}], list(rows), rounds, epochs)
+    return mock.patch.object(port, "portal_learner", replaced)
+
+
+def equal_tasks(gradients_of=train.task_gradients):
+    """Every task's gradient on its own adapters rescaled to the tasks' mean norm (EMA weighs by the loss instead)."""
+    def replaced(*args):
+        losses, gradients = gradients_of(*args)
+        norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0).clamp(min=1e-12)  # [T]
+        return losses, [(norms.mean() / norms).view(-1, 1, 1, 1) * g for g in gradients]
+    return mock.patch.object(train, "task_gradients", replaced)
+
+
+no_ema = lambda: mock.patch.object(train.EMA, "weights", lambda ema, losses: torch.ones_like(losses))
+no_balance = lambda: mock.patch.object(train, "balance", sum)
+ABLATIONS = {
+    "": ([], [], False),                                                             # as shipped
+    "trunk as printed (no LayerNorm)": (["--norm", "none"], [], False),
+    "no FiLM, z in the input alone": ([], [without_film], False),
+    "bases' gradients on z not balanced": ([], [no_balance], False),
+    "losses not divided by their EMA": ([], [no_ema], False),
+    "task gradients at equal norm": ([], [equal_tasks], False),
+    "one source base": (["--bases", "toy-qwen-m"], [], False),
+    "three source bases": (["--bases", "toy-qwen-s,toy-qwen-m,toy-qwen-l"], [], False),
+    "all seven modules": (["--modules", "all"], [], False),
+    "rank 4": (["--rank", "4"], [], False),
+    "rank 16": (["--rank", "16"], [], False),
+    "d_c 64": ([], [lambda: sizes(d_c=64)], False),
+    "d_c 1024": ([], [lambda: sizes(d_c=1024)], False),
+    "port: e at random (write-up)": ([], [lambda: ported_from(lambda c: c.e.normal_())], True),
+    "port: e at random, its lr 3e-2": ([], [lambda: ported_from(lambda c: c.e.normal_()), lambda: lr_of_e(3e-2)], True),
+    "port: e by depth, its lr 3e-2": ([], [lambda: lr_of_e(3e-2)], True),
+    "port: P_out small random": ([], [lambda: ported_from(lambda c: [p.normal_(std=0.02) for p in c.P_out.values()])], True),
+}
+
+
+
+# ---------------------------------------------------------------------------------------------- counting
+def dims_of(adapters):
+    """{m: (layers, rank, d_in, d_out)} of saved adapters."""
+    return {m: (*a.shape[1:], adapters.B[m].shape[2]) for m, a in adapters.A.items()}
+
+
+def flops(tokens, rounds, dims, own, generator=0):
+    """FLOPs of a fit: tokens (4 N + 6 a) + rounds * generator.
+
+    A multiply and an add are 2 FLOPs. For every token and each of the N weights of the frozen projections: one pair in the
+    forward pass and one in the backward pass, which asks for the input's gradient alone. For each of the a numbers of the
+    token's own adapter: the weight's gradient, too. Attention scores, norms and the LM head at the answers are left out;
+    they are the same for all methods.
+    """
+    frozen = sum(layers * d_in * d_out for layers, _, d_in, d_out in dims.values())
+    adapter = sum(layers * rank * (d_in + d_out) for layers, rank, d_in, d_out in own.values())
+    return tokens * (4 * frozen + 6 * adapter) + rounds * generator
+
+
+def generator_flops(cfg, layers, own):
+    """Of a round of a port: T * layers adapters forward and backward; the frozen core (trunk and heads) without weight
+    gradients, the aligner with them."""
+    core = cfg.hidden * (cfg.d_z + cfg.d_e) + cfg.hidden ** 2 + len(cfg.modules) * 2 * cfg.hidden * cfg.rank * cfg.d_c
+    aligner = sum(cfg.rank * cfg.d_c * (d_in + d_out) for _, _, d_in, d_out in own.values())
+    return len(cfg.tasks) * layers * (4 * core + 6 * aligner)
+
+
+def count(run, variant, parameters, costs):
+    """Trained parameters of every fit on an unseen base of a run, and its tokens and FLOPs, from the files it left."""
+    cfg = load_config(run)[1]
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] if (run / "log.jsonl").exists() else []
+    for path in (run / "converters").glob("*.json"):
+        p, tag = read_json(path), path.stem
+        fits = {"portal": f"port {tag}", "lora": f"lora {tag}", "lora iso": f"lora_iso {tag}"}
+        whole = run / "baselines" / "lora" / f"{tag}.safetensors"
+        for method, what in fits.items() if p["ported"] else ():
+            lines = [line for line in log if line["what"] == what]
+            label = f"{method} {variant}".strip() if method == "portal" else method
+            if method == "portal":
+                made = load_converter(cfg, path.with_suffix(".safetensors"))
+                own = {m: (len(made.e), cfg.rank, made.P_in[m].shape[1], made.P_out[m].shape[0]) for m in cfg.modules}
+                number, generator = sum(q.numel() for q in made.parameters()), generator_flops(cfg, len(made.e), own)
+            else:
+                saved = run / "baselines" / method.replace(" ", "_") / f"{tag}.safetensors"
+                if not saved.exists():
+                    continue
+                adapters = load_adapters(saved)
+                own, number, generator = dims_of(adapters), sum(t.numel() for t in adapters.tensors()), 0
+            parameters.setdefault(p["base"], {})[label] = number
+            if lines and whole.exists():
+                tokens, rounds = (sum(line[key] for line in lines) for key in ("tokens", "rounds"))
+                costs.setdefault(p["base"], {})[f"{label} {p['n']}"] = dict(
+                    tokens=tokens, rounds=rounds, flops=flops(tokens, rounds, dims_of(load_adapters(whole)), own, generator))
+
+
+# ---------------------------------------------------------------------------------------------- steps
+class Steps:
+    """The steps of one command line. `out`: its folder; `chosen`: the flags, as given."""
+
+    def __init__(self, chosen):
+        self.chosen, self.out, self.toy = chosen, chosen.out, chosen.bases is None
+        self.data, self.targets = ["--data", str(chosen.data)] if chosen.data else [], chosen.to or TOY_UNSEEN
+        self.path = self.out / "steps.json"                                          # {run: {experiment, variant, commands}}
+        self.done = read_json(self.path) if self.path.exists() else {}
+
+    def run(self, name):
+        return self.out / "runs" / name
+
+    def do(self, experiment, variant, name, commands, patches=()):
+        """Run `commands`, [(module, flags)], on run folder `name`, as far as they have not been run, and gather the rows."""
+        finished = self.done.setdefault(name, dict(experiment=experiment, variant=variant, commands=[]))["commands"]
+        for module, flags in commands:
+            more = shlex.split(getattr(self.chosen, module.__name__))
+            line = " ".join([f"python {module.__name__}.py", *flags, *more])
+            if line in finished:
+                continue
+            print(f"\n== {experiment}, {name}: {line}", flush=True)
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(LOCKS)
+                for patch in patches:
+                    stack.enter_context(patch())
+                module.main(["--run", str(self.run(name)), *flags, *more])
+            finished.append(line)
+            write_json(self.path, self.done)
+            self.gather()
+
+    def source(self, seed, *flags):
+        bases = ["--bases", ",".join(self.chosen.bases)] if self.chosen.bases and "--bases" not in flags else []
+        return (train, ["--seed", str(seed), "--overwrite", *bases, *self.data, *flags])
+
+    def fork(self, source, name):
+        """A run with the latents, core and source converters of another one, for ports of its own."""
+        run, files = self.run(name), ["portal.json", "core.safetensors", "latents.safetensors"]
+        if (run / "portal.json").exists():
+            return
+        for base in read_json(self.run(source) / "portal.json")["bases"]:
+            files += [f"converters/{base['base']}.{end}" for end in ("json", "safetensors")]
+        with new_folder(run) as folder:
+            (folder / "converters").mkdir()
+            for file in files:
+                shutil.copy(self.run(source) / file, folder / file)
+
+    # ------------------------------------------------------------------------------------------ the experiments
+    def main(self, seed):
+        self.do("main", "", f"seed{seed}", [
+            self.source(seed), (port, ["--overwrite", "--to", ",".join(self.targets), *self.data]),
+            (eval, ["--methods", ",".join(m for m in METHODS if m != "lora_iso")])])
+
+    def sweep(self, seed):
+        """On the last of the targets, the one of another family."""
+        self.do("main", "", f"seed{seed}", [self.source(seed)])
+        target, counts = self.targets[-1], ",".join(map(str, self.chosen.sweep))
+        ports = (port, ["--overwrite", "--to", target, "--n", counts, *self.data])
+        self.fork(f"seed{seed}", f"sweep-seed{seed}")
+        self.do("sweep", "", f"sweep-seed{seed}", [
+            ports, (eval, ["--bases", target, "--methods", "base,lora,lora_iso,portal"])])
+        self.do("sweep", "all modules", f"sweep-all-seed{seed}", [
+            self.source(seed, "--modules", "all"), ports, (eval, ["--bases", target, "--methods", "portal"])])
+
+    def ablation(self, seed):
+        """On the toy: a quarter of its rows, which leaves the methods room to differ, and the port that is hardest."""
+        few = ["--n", str(QUARTER)]
+        for variant, (flags, patches, port_alone) in ABLATIONS.items():
+            name = f"ablation-{'-'.join(re.findall('[a-z0-9]+', variant.lower())) or 'shipped'}-seed{seed}"
+            commands = [(port, ["--overwrite", "--to", "toy-gemma", *few]), (eval, ["--methods", "base,portal"])]
+            if port_alone:
+                self.fork(f"ablation-shipped-seed{seed}", name)
+                commands[1][1].extend(["--bases", "toy-gemma"])
+            self.do("ablation", variant, name, commands if port_alone else [self.source(seed, *few, *flags), *commands], patches)
+
+    # ------------------------------------------------------------------------------------------ what is written
+    def gather(self):
+        """<out>/results.jsonl and about.json, from all run folders."""
+        lines, parameters, costs = [], {}, {}
+        for name, step in self.done.items():
+            run = self.run(name)
+            for line in (run / "results.jsonl").read_text().splitlines() if (run / "results.jsonl").exists() else ():
+                row = {"experiment": step["experiment"], "variant": step["variant"], **json.loads(line)}
+                if row["method"] != "portal":
+                    row["variant"] = ""                                              # what was changed concerns PorTAL alone
+                if row["method"] == "lora_iso":
+                    row.update(method="lora", variant="iso")
+                lines.append(json.dumps(row) + "\n")
+            if step["experiment"] in ("main", "sweep"):
+                count(run, step["variant"], parameters, costs)
+        write_whole(self.out / "results.jsonl", lambda path: path.write_text("".join(lines)))
+        saved = next((read_json(path) for path in sorted(self.out.glob("runs/seed*/portal.json"))), None)
+        if saved is None:
+            return
+        seen = [b["base"] for b in saved["bases"]]
+        kinds = {short_name(spec): kind_of(spec) for spec in (*(b["id"] for b in saved["bases"]), *self.targets)}
+        within = [name for name, kind in kinds.items() if name not in seen and kind in {kinds[s] for s in seen}]
+        commands = {name: f"python experiments.py {name}" for name in EXPERIMENTS}
+        write_json(self.out / "about.json", dict(
+            kind="toy" if self.toy else "real", hardware=hardware(), commit=commit(), seen=seen, within=within,
+            across=[name for name in kinds if name not in (*seen, *within)], n=saved["n"], commands=commands,
+            steps=self.done, parameters=parameters, costs=costs))
+
+
+def kind_of(spec):
+    """The architecture of a base, as its config.json names it."""
+    return pretrained(AutoConfig, spec).model_type
+
+
+def commit():
+    found = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return found.stdout.strip() or "not a git checkout"
+
+
+EXPERIMENTS = ("main", "sweep", "ablation")
+
+
+def main(argv=None):
+    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiments", nargs="*", metavar="NAME", help=f"some of {', '.join(EXPERIMENTS)} (default: all)")
+    parser.add_argument("--seeds", type=commas(seed), default=[0, 1, 2], metavar="N,N", help="(default: 0,1,2)")
+    parser.add_argument("--bases", type=commas(), metavar="A,B", help="sources (default: the toy's)")
+    parser.add_argument("--to", type=commas(), metavar="A,B", help="targets (default: the toy's)")
+    parser.add_argument("--data", type=pathlib.Path, metavar="DIR", help="folder of tasks (default: the toy's)")
+    parser.add_argument("--sweep", type=commas(positive(int)), default=SWEEP, metavar="N,N", help="rows a task of `sweep`")
+    for name in ("train", "port", "eval"):
+        parser.add_argument(f"--{name}", default="", metavar="FLAGS", help=f"more flags for {name}.py, in quotes")
+    parser.add_argument("--out", type=pathlib.Path, default=OUT / "experiments", metavar="DIR", help="(default: %(default)s)")
+    args = parser.parse_args(argv)
+    for name in args.experiments:
+        if name not in EXPERIMENTS:
+            raise BadInput(f"unknown experiment {name!r}; accepted are {', '.join(EXPERIMENTS)}")
+    if "ablation" in args.experiments and args.bases:
+        raise BadInput("ablation is of the toy alone; main and sweep take --bases")
+    steps = Steps(args)
+    for number in args.seeds:
+        for name in args.experiments or EXPERIMENTS:
+            getattr(steps, name)(number)
+    print(f"\nall is done; python eval.py --table all --results {args.out}")
+
+
+if __name__ == "__main__":
+    run_main(main)
