@@ -172,7 +172,7 @@ def test_a_run_with_completions_end_to_end(opened, capsys):
 
     assert command(evaluation, "--run", opened) == 0
     found = [json.loads(line) for line in (opened / "results.jsonl").read_text().splitlines()]
-    contract = {"method", "base", "role", "task", "seed", "n", "select", "acc_norm", "log_loss", "rows", "seconds"}
+    contract = {"method", "base", "role", "task", "seed", "n", "select", "acc_norm", "log_loss", "rows", "seconds", "correct"}
     assert {(row["task"], row["method"]) for row in found} == {(t, m) for t in tasks for m in ("base", "lora", "portal")}
     for row in found:
         assert set(row) == contract | ({"metric"} if row["task"] == "say" else set())
