@@ -346,7 +346,8 @@ def ablations(rows, about, folder, notes):
             columns += [spread(acc.values()), spread(over_bases(role, name, "log_loss").values()),
                         "-" if name == shipped else spread([acc[s] - zero[s] for s in acc if s in zero], "+.3f")]
         seeds = {seed for role in found for seed in over_bases(role, name)}
-        main.append(line("as shipped" if name == shipped else called(*name).removeprefix("portal "), len(seeds), *columns, worst(name)))
+        shown = "as shipped" if name == shipped else called(*name).removeprefix("portal ")
+        main.append(line(shown, len(seeds), *columns, worst(name)))
     notes.append("Means over the bases of their macro averages, ± sd over seeds; differences to \"as shipped\", paired by "
                  f"seed. Sources: n = {sizes['seen']}; ported: n = {sizes['unseen']}.")
     return main, [], [row for bases in found.values() for methods in bases.values() for row in rows_of(methods)]
@@ -466,7 +467,7 @@ def write(names, folder):
 def readme():
     """Rewrite what stands between the two MARKERS of README.md."""
     path, folders = ROOT / "README.md", sorted(found.parent for found in ROOT.glob("results/*/about.json"))
-    text = path.read_bytes().decode()
+    text = path.read_bytes().decode() if path.exists() else ""
     if [text.count(marker) for marker in MARKERS] != [1, 1] or text.index(MARKERS[0]) > text.index(MARKERS[1]):
         raise BadInput(f"{path}: not rewritten; accepted are one line {MARKERS[0]} and, below it, one line {MARKERS[1]}")
     if not folders:
@@ -474,7 +475,7 @@ def readme():
     parts = []
     for folder in folders:
         about, where = read(folder)[1], f"results/{folder.name}"
-        parts += [f"## {about.get('title', folder.name)}", ""] + [about["note"], ""] * ("note" in about)
+        parts += [f"## {about.get('title', folder.name)}", "", *([about["note"], ""] if "note" in about else [])]
         for name, main in write(TABLES, folder).items():
             parts += [f"### {main}".replace("](table-", f"]({where}/table-"), ""]
             parts += [f"[The whole table]({where}/table-{name}.md)", ""]
