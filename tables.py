@@ -365,7 +365,7 @@ def per_task(rows, about, folder, notes):
     certain = sorted((value[0], f"{task} on {base}: {percent(value)}") for (task, base), value in lifts.items() if value)
     if not certain:
         raise BadInput("no task has rows of the bare base, of PorTAL and of a LoRA that gains something")
-    below = [text for value, text in certain if value < 0.9]
+    below = [text for value, text in certain if value < 0.9 - 1e-9]
     main = [f"The worst of {len(certain)} lifts, one a task and base: {certain[0][1]}. Below 90%: "
             f"{'; '.join(below) or 'none'}."]
     details = ["", *header("task", *bases)]

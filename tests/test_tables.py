@@ -164,8 +164,10 @@ def test_rows_that_do_not_say_what_was_right(tmp_path):
 def test_the_last_line_of_a_cell_wins_and_the_selected_epoch(tmp_path):
     rows = [row(m, "src", "one", 0, share_right(p)) for m, p in (("base", 0.2), ("lora", 0.8), ("portal", 0.1))]
     rows += [row("portal", "src", "one", 0, share_right(0.5), seconds=9.0), row("portal", "src", "one", 0, share_right(0.9), select="final")]
+    rows = [row("lora", "src", "one", 0, share_right(0.1), select="final")] + rows   # the selected epoch stands, wherever it is
     rows.append(row("lora", "src", "one", 0, share_right(1.0), n=50))                # not of this table
-    assert cells(made("6.1", save(tmp_path, rows)), "src", "portal")[3] == "0.500"
+    text = made("6.1", save(tmp_path, rows))
+    assert cells(text, "src", "portal")[3] == "0.500" and cells(text, "src", "lora")[3] == "0.800"
 
 
 def test_reached():
@@ -205,7 +207,9 @@ def test_ablations(tmp_path):
             for variant, accs in (("", (0.8, 0.7, 0.6)), ("no FiLM", (0.5, 0.6, 0.3))) for base, acc in zip(("src", "kin", "far"), accs)
             for task in ("one", "two") for seed in (0, 1)]
     rows += [row("portal", base, task, 0, share_right(0.4), experiment="ablation", variant="half done") for base in ("src", "kin") for task in ("one", "two")]
-    rows += [row(m, "kin", "one", 0, share_right(p), experiment="sweep") for m, p in (("base", 0.1), ("lora", 1.0))]
+    rows += [row(m, "kin", task, 0, share_right(p), experiment=experiment) for experiment, m, task, p in (
+        ("main", "base", "one", 0.1), ("main", "lora", "one", 1.0), ("sweep", "lora", "one", 0.7), ("sweep", "lora", "two", 1.0),
+        ("ablation", "base", "two", 0.3))]
     text = made("ablations", save(tmp_path, rows))
     def spread(*values, form=".3f"):
         return f"{fmean(values):{form}} ± {stdev(values):.3f}"
@@ -213,7 +217,10 @@ def test_ablations(tmp_path):
                                          spread(0.65, 0.75), spread(2 - 13 / 30, 2 - 15 / 30), "-", cells(text, "as shipped")[-1]]
     film, half = cells(text, "no FiLM"), cells(text, "half done")
     assert film[4] == spread(-0.3, -0.3, form="+.3f") and film[7] == spread(-0.2, -0.2, form="+.3f")
-    assert film[-1].startswith("lift 61.1% [") and film[-1].endswith("(one, kin)")   # (.65 - .1) / (1 - .1)
+    assert film[-1].startswith("lift 50.0% [") and film[-1].endswith("(two, kin)")   # (.65 - .3) / (1 - .3)
+    assert "| base |" not in text and "lora" not in text
+    only_one = save(tmp_path, [r for r in rows if (r["method"], r["task"]) != ("lora", "two")])
+    assert cells(made("ablations", only_one), "no FiLM")[-1].startswith("lift 61.1% [")  # (.65 - .1) / (1 - .1): main's LoRA
     assert half[1:6] == ["1", "0.400", f"{2 - 8 / 30:.3f}", "-0.400", "-"]           # not on all ported bases
     save(tmp_path, [r for r in rows if r["method"] != "lora"])
     assert cells(made("ablations", tmp_path), "no FiLM")[-1] == "acc 0.350 (one, far)"
@@ -223,11 +230,11 @@ def test_tasks(tmp_path):
     accs = {"one": (0.2, 0.8, 0.8), "two": (0.2, 0.7, 0.6), "three": (0.5, 0.5, 0.1)}
     rows = [row(m, base, task, seed, share_right(p - 0.05 * (base == "far" and m == "portal") + 0.1 * seed * (m == "portal"), 100))
             for task, ps in accs.items() for base in ("src", "far") for m, p in zip(("base", "lora", "portal"), ps) for seed in (0, 1)]
-    rows += [row("lora", "src", "one", 0, share_right(0.0, 100), experiment="carry")]  # another experiment's
+    rows += [row("lora", "src", "one", 5, share_right(0.0, 100), experiment="carry")]  # another experiment's
     text = made("tasks", save(tmp_path, rows))
     assert [cell.split(" [")[0] for name in ("one", "two", "three") for cell in cells(text, name)[1:]] == [
         "108.3%", "100.0%", "90.0%", "80.0%", "-", "-"]                              # two, far: (.6 - .2) / (.7 - .2)
-    assert re.search(r"The worst of 4 lifts, one a task and base: two on far: 80\.0% \[[\d., ]+\]\. Below 90%: two on far: 80\.0%", text)
+    assert re.search(r"The worst of 4 lifts, one a task and base: two on far: 80\.0% \[[\d., ]+\]\. Below 90%: two on far: 80\.0% \[[\d., ]+\]\.\n", text)
 
 
 def test_carry(tmp_path, drawings):
