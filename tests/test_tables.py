@@ -268,9 +268,11 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     assert "r: table carry: no rows of experiment 'carry'; there are main" in refused(capsys, "--table", "carry", "--results", folder)
     assert "nowhere/about.json: not readable" in refused(capsys, "--table", "6.1", "--results", tmp_path / "nowhere")
     for bad in ("{", "[]", "5", "{}", json.dumps(good[0])[:-2], json.dumps({**good[0], "seed": "0"}), json.dumps({**good[0], "rows": 0}),
-                json.dumps({**good[0], "correct": "fff"}), json.dumps({**good[0], "acc_norm": 0.123}), json.dumps({**good[0], "correct": 5})):
+                json.dumps({**good[0], "correct": "fff"}), json.dumps({**good[0], "acc_norm": 0.123}), json.dumps({**good[0], "correct": 5}),
+                json.dumps({**good[0], "recipe": ["no text"]})):
         (folder / "results.jsonl").write_text(json.dumps(good[0]) + "\n" + bad + "\n")
-        assert refused(capsys, "--table", "6.1", "--results", folder).endswith("results.jsonl:2: not a result row")
+        assert "results.jsonl:2: not a result row (" in refused(capsys, "--table", "6.1", "--results", folder)
+    assert "'rows'" in refused(capsys, "--table", "6.1", "--results", save(folder, [{k: v for k, v in good[0].items() if k != "rows"}]))
     (folder / "results.jsonl").unlink()
     assert "results.jsonl: not readable" in refused(capsys, "--table", "all", "--results", folder)
     save(folder, [])
