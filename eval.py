@@ -4,6 +4,7 @@
     python eval.py --bases toy-gemma   only these bases
     python eval.py --task rte --show 5 five rows with every score before and after PorTAL; nothing is written
     python eval.py --log               the loss and the held-out scores of log.jsonl, as a plot
+    python eval.py --table 6.1         a table of the paper, from results that are there: tables.py
 
     score(choice) = log p(choice | prompt) / characters(choice)       the leading space counts
     acc_norm      = share of rows whose gold choice scores above every other (a tie is an error)
@@ -88,6 +89,20 @@ def evaluate(base, adapters, items, max_tokens):
             for task, c in cells.items()}
 
 
+def pack(correct):
+    """A bool a row as hex, four rows a digit, the first one the highest bit; the last digit is filled up with zeros."""
+    bits = "".join("01"[c] for c in correct) + "0" * (-len(correct) % 4)
+    return "".join(f"{int(bits[i:i + 4], 2):x}" for i in range(0, len(bits), 4))
+
+
+def unpack(text, rows):
+    """What `pack` wrote of so many rows, as a list of bools again; ValueError if it did not write this."""
+    correct = [bit == "1" for digit in text for bit in f"{int(digit, 16):04b}"][:rows]
+    if pack(correct) != text or len(correct) < rows:
+        raise ValueError(f"{text!r} is not {rows} rows")
+    return correct
+
+
 def macro(cells):
     """The mean over tasks of tuples of numbers."""
     return tuple(sum(values) / len(cells) for values in zip(*cells))
@@ -132,7 +147,7 @@ def measure(run, method, tag, base, items, tasks, max_tokens, journal, row):
             seconds = round((time.time() - start) / len(cells), 3)
         journal.add(part, run / "results.jsonl", [dict(
             method=method, base=base.name, task=tasks[t], select=select, seconds=seconds, **row,
-            **{key: value for key, value in cell.items() if key != "correct"}) for t, cell in cells.items()])
+            **{**cell, "correct": pack(cell["correct"])}) for t, cell in cells.items()])
     if cells:
         print(f"{tag} {method}: acc_norm {sum(c['acc_norm'] for c in cells.values()) / len(cells):.3f}", flush=True)
 
@@ -283,14 +298,17 @@ def plot_log(path):
 
 # ---------------------------------------------------------------------------------------------- the command
 def main(argv=None):
-    from baselines import cross_lora, hypernet, lora  # these train with train.fit, which scores its epochs with this file
+    import tables                                     # these read or draw with this file,
+    from baselines import cross_lora, hypernet, lora  # these train with train.fit, which scores its epochs with it
     from bases import reload_base, short_name
     from train import REAL, TOY, chosen, preset
-    args = parse(__doc__, "run bases data tasks methods epochs batch-size lr max-tokens recompute eval-rows show log device dtype "
-                          "device-map quantize overwrite", argv, (TOY["lora"], REAL["lora"]),
+    args = parse(__doc__, "run bases data tasks methods epochs batch-size lr max-tokens recompute eval-rows show log table "
+                          "results device dtype device-map quantize overwrite", argv, (TOY["lora"], REAL["lora"]),
                  epochs=dict(help="of the LoRA baseline"), batch_size=dict(help="of the LoRA baseline"),
                  lr=dict(help="of the LoRA baseline"),
                  overwrite=dict(help="fit the baselines again even if the run holds them"))
+    if args.table or args.results:
+        return tables.main(args.table or "all", args.results)
     if args.log:
         return plot_log(find_run(args.run) / "log.jsonl" if args.log is True else args.log)
     run = find_run(args.run)

@@ -53,7 +53,7 @@ def test_train_port_eval(trained, capsys):
     every = ["--methods", ",".join(evaluation.METHODS)]
     assert command(evaluation, *every) == 0
     rows = [json.loads(line) for line in (trained / "results.jsonl").read_text().splitlines()]
-    assert set(rows[0]) == {"method", "base", "role", "task", "seed", "n", "select", "acc_norm", "log_loss", "rows", "seconds"}
+    assert set(rows[0]) == {"method", "base", "role", "task", "seed", "n", "select", "acc_norm", "log_loss", "rows", "seconds", "correct"}
     assert {(r["method"], r["base"]) for r in rows} == {(m, b) for m in evaluation.METHODS for b in ("base-a", "base-b", "base-c")}
     assert {r["role"] for r in rows if r["base"] == "base-c"} == {"unseen"} and {r["n"] for r in rows if r["base"] == "base-c"} == {0, 4, 8}
     assert {"results.md", "base-a-n8.png", "base-c-n4.png", "base-c-n8.png"} <= set(os.listdir(trained))

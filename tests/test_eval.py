@@ -15,7 +15,7 @@ import eval as evaluation, train
 from bases import load_base
 from cli import ROOT, append_jsonl, write_json
 from data import Row, encode, load_tasks
-from eval import adapters_of, decode, evaluate, lift, log_curves, read_results, score, write_results
+from eval import adapters_of, decode, evaluate, lift, log_curves, read_results, score, unpack, write_results
 from portal import MODULES, save_portal
 from train import fit, portal_learner
 
@@ -172,10 +172,11 @@ def test_a_run_with_completions_end_to_end(opened, capsys):
 
     assert command(evaluation, "--run", opened) == 0
     found = [json.loads(line) for line in (opened / "results.jsonl").read_text().splitlines()]
-    contract = {"method", "base", "role", "task", "seed", "n", "select", "acc_norm", "log_loss", "rows", "seconds"}
+    contract = {"method", "base", "role", "task", "seed", "n", "select", "acc_norm", "log_loss", "rows", "seconds", "correct"}
     assert {(row["task"], row["method"]) for row in found} == {(t, m) for t in tasks for m in ("base", "lora", "portal")}
     for row in found:
         assert set(row) == contract | ({"metric"} if row["task"] == "say" else set())
+        assert sum(unpack(row["correct"], row["rows"])) / row["rows"] == row["acc_norm"]
     assert "Exact match of the decoded text stands for acc_norm in say." in (opened / "results.md").read_text()
 
 
