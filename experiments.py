@@ -8,7 +8,7 @@
     main        sections 6.1 to 6.3: every method on the source bases and on the unseen ones
     sweep       section 6.4: the rows a port needs, beside those that a LoRA needs
     ablation    one piece of the method at a time taken away or replaced, on a quarter of the toy's rows
-    competition the write-up's open problem: what the tasks do to each other's gradients (competition.py)
+    competition the write-up's open problem (section 7): what leaves a task under-fit, and what mends it
     carry       a task learned after the port, in a world of a hundred skills (carry_over.py)
 
 An experiment is a list of steps, and a step is the commands of this project, one after the other, on run folders under
@@ -16,15 +16,16 @@ An experiment is a list of steps, and a step is the commands of this project, on
 same command line may be given until all is there. <out>/results.jsonl and about.json are gathered from the run folders
 after every step: tables.py draws from these two files alone.
 """
-import argparse, contextlib, json, pathlib, re, shlex, shutil, subprocess
+import argparse, collections, contextlib, itertools, json, pathlib, re, shlex, shutil, subprocess
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from transformers import AutoConfig
 
 import eval, port, portal, train
 from bases import pretrained, short_name
-from cli import (LOCKS, OUT, ROOT, TOY_UNSEEN, BadInput, Parser, commas, new_folder, positive, read_json, run_main, seed,
+from cli import (LOCKS, OUT, ROOT, TOY_UNSEEN, BadInput, Parser, append_jsonl, commas, new_folder, positive, read_json, run_main, seed,
                  write_json, write_whole)
 from eval import METHODS, hardware
 from portal import load_adapters, load_config, load_converter
@@ -84,7 +85,6 @@ ABLATIONS = {
     "no FiLM, z in the input alone": ([], [without_film], False),
     "bases' gradients on z not balanced": ([], [no_balance], False),
     "losses not divided by their EMA": ([], [no_ema], False),
-    "task gradients at equal norm": ([], [equal_tasks], False),
     "one source base": (["--bases", "toy-qwen-m"], [], False),
     "three source bases": (["--bases", "toy-qwen-s,toy-qwen-m,toy-qwen-l"], [], False),
     "all seven modules": (["--modules", "all"], [], False),
@@ -223,12 +223,31 @@ class Steps:
         """On the toy: a quarter of its rows, which leaves the methods room to differ, and the port that is hardest."""
         few = ["--n", str(QUARTER)]
         for variant, (flags, patches, port_alone) in ABLATIONS.items():
-            name = f"ablation-{'-'.join(re.findall('[a-z0-9]+', variant.lower())) or 'shipped'}-seed{seed}"
+            name = f"ablation-{slug(variant)}-seed{seed}"
             commands = [(port, ["--overwrite", "--to", "toy-gemma", *few]), (eval, ["--methods", "base,portal"])]
             if port_alone:
                 self.fork(f"ablation-shipped-seed{seed}", name)
                 commands[1][1].extend(["--bases", "toy-gemma"])
             self.do("ablation", variant, name, commands if port_alone else [self.source(seed, *few, *flags), *commands], patches)
+
+    def competition(self, seed):
+        """On the toy: what leaves a task under-fit, and what mends it. The worst task is looked up where all are trained."""
+        for variant, (flags, patches) in COMPETITION.items():
+            name = f"competition-{slug(variant)}-seed{seed}"
+            self.run(name).parent.mkdir(parents=True, exist_ok=True)
+            alone = ["--tasks", self.worst(seed)] if variant.endswith("alone") else []
+            self.do("competition", variant, name, [
+                self.source(seed, *flags, *alone), (port, ["--overwrite", "--to", "toy-gemma"]),
+                (eval, ["--methods", "base,portal"])],
+                [*patches, lambda: watched(self.out / "runs" / f"{name}.gradients.jsonl")])
+
+    def worst(self, seed):
+        """The task on which the trunk as printed is worst over its two source bases."""
+        path, total = self.run(f"competition-trunk-as-printed-seed{seed}") / "results.jsonl", collections.Counter()
+        for row in map(json.loads, path.read_text().splitlines()):
+            if (row["method"], row["role"], row["select"]) == ("portal", "seen", "best"):
+                total[row["task"]] += row["acc_norm"]
+        return min(total, key=total.get)
 
     # ------------------------------------------------------------------------------------------ what is written
     def gather(self):
@@ -243,7 +262,7 @@ class Steps:
                 if row["method"] == "lora_iso":
                     row.update(method="lora", variant="iso")
                 lines.append(json.dumps(row) + "\n")
-            if step["experiment"] in ("main", "sweep"):
+            if step["experiment"] in ("main", "sweep") and (run / "portal.json").exists():
                 count(run, step["variant"], parameters, costs)
         write_whole(self.out / "results.jsonl", lambda path: path.write_text("".join(lines)))
         saved = next((read_json(path) for path in sorted(self.out.glob("runs/seed*/portal.json"))), None)
@@ -252,11 +271,15 @@ class Steps:
         seen = [b["base"] for b in saved["bases"]]
         kinds = {short_name(spec): kind_of(spec) for spec in (*(b["id"] for b in saved["bases"]), *self.targets)}
         within = [name for name, kind in kinds.items() if name not in seen and kind in {kinds[s] for s in seen}]
-        commands = {name: f"python experiments.py {name}" for name in EXPERIMENTS}
+        commands = {table: f"python experiments.py {name}" for table, name in MADE_BY.items()}
         write_json(self.out / "about.json", dict(
             kind="toy" if self.toy else "real", hardware=hardware(), commit=commit(), seen=seen, within=within,
             across=[name for name in kinds if name not in (*seen, *within)], n=saved["n"], commands=commands,
             steps=self.done, parameters=parameters, costs=costs))
+
+
+def slug(variant):
+    return "-".join(re.findall("[a-z0-9]+", variant.lower())) or "shipped"
 
 
 def kind_of(spec):
@@ -269,7 +292,9 @@ def commit():
     return found.stdout.strip() or "not a git checkout"
 
 
-EXPERIMENTS = ("main", "sweep", "ablation")
+EXPERIMENTS = ("main", "sweep", "ablation", "competition")
+MADE_BY = {"6.1": "main", "6.2": "main", "6.3": "main", "tasks": "main", "6.4": "sweep", "ablations": "ablation",
+           "competition": "competition"}                                             # {table: experiment}
 
 
 def main(argv=None):
@@ -287,8 +312,8 @@ def main(argv=None):
     for name in args.experiments:
         if name not in EXPERIMENTS:
             raise BadInput(f"unknown experiment {name!r}; accepted are {', '.join(EXPERIMENTS)}")
-    if "ablation" in args.experiments and args.bases:
-        raise BadInput("ablation is of the toy alone; main and sweep take --bases")
+    if args.bases and not {"main", "sweep"} >= set(args.experiments or EXPERIMENTS):
+        raise BadInput("--bases: name main, sweep or both; the other experiments are the toy's")
     steps = Steps(args)
     for number in args.seeds:
         for name in args.experiments or EXPERIMENTS:

@@ -1,0 +1,153 @@
+"""The experiments: steps that resume, the patches of the ablations, and counted FLOPs against torch's own counter."""
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import SIZES, tiny_base
+from test_cli import command, one_line
+from test_portal import make_portal
+from test_train import small_rows, some_items
+from torch.utils.flop_counter import FlopCounterMode
+
+import experiments, port, portal, train
+from portal import Config, Converter, Portal
+from train import EMA, portal_learner, task_gradients
+
+
+def flags(tmp_path, **changes):
+    return SimpleNamespace(**{**dict(out=tmp_path, bases=None, to=None, data=None, sweep=(8,), train="", port="", eval=""), **changes})
+
+
+def test_a_step_runs_what_is_left_of_it(tmp_path, monkeypatch):
+    ran, broken = [], [True]
+    def main(argv):
+        ran.append(argv)
+        if "second" in argv and broken:
+            raise KeyboardInterrupt
+        run = tmp_path / "runs" / "a"
+        run.mkdir(parents=True, exist_ok=True)                                       # no portal.json: nothing to count
+        (run / "results.jsonl").write_text("".join(json.dumps(dict(method=m, task="t")) + "\n" for m in ("portal", "lora_iso")))
+    one = SimpleNamespace(__name__="train", main=main)
+    def go():
+        experiments.Steps(flags(tmp_path, train="--epochs '1'")).do("sweep", "all", "a", [(one, ["first"]), (one, ["second"])])
+    with pytest.raises(KeyboardInterrupt):
+        go()
+    broken.clear()
+    go(), go()
+    name = ["--run", str(tmp_path / "runs" / "a")]
+    assert ran == [[*name, part, "--epochs", "1"] for part in ("first", "second", "second")]
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert rows == [dict(experiment="sweep", variant="all", method="portal", task="t"),
+                    dict(experiment="sweep", variant="iso", method="lora", task="t")]
+
+
+def fit_once(patch):
+    """A round of training under a patch -> (portal, its parameters before)."""
+    base = tiny_base()
+    with patch:
+        torch.manual_seed(0)
+        made = Portal(Config(tasks=["one", "two", "three"], **SIZES))
+        made.converters[base.name] = Converter(made.cfg, base.layers, base.dims)
+        torch.nn.init.normal_(made.core.head_B["q"].weight)                          # else the trunk has no gradient yet
+        before = {name: p.clone() for name, p in made.core.named_parameters()}
+        learner = portal_learner(made, small_rows(), 1, 1, 1e-2)
+        train.one_round([base], made.adapters, [learner], {"tiny": some_items()}, 40, {"tiny": EMA()}, made.z)
+    return made.core, before
+
+
+def test_without_film_the_rest_learns():
+    core, before = fit_once(experiments.without_film())
+    changed = {name for name, p in core.named_parameters() if not torch.equal(p, before[name])}
+    assert not core.film.weight.any() and changed >= {"W1.weight", "W2.weight", "head_B.q.weight"}
+    core, before = fit_once(experiments.no_balance())                                # and afterwards it is there again
+    assert core.film.weight.any()
+
+
+def test_equal_tasks_and_no_ema():
+    base = tiny_base()
+    made = make_portal(base)
+    plain = task_gradients(base, made.adapters("tiny"), some_items(), 40)
+    with experiments.equal_tasks():
+        losses, equal = train.task_gradients(base, made.adapters("tiny"), some_items(), 40)
+    assert torch.equal(losses, plain[0])
+    norms = [torch.cat([g[t].flatten() for g in equal]).norm() for t in range(3)]
+    before = [torch.cat([g[t].flatten() for g in plain[1]]).norm() for t in range(3)]
+    torch.testing.assert_close(torch.stack(norms), torch.stack(before).mean().expand(3))
+    with experiments.no_ema():
+        assert EMA().weights(torch.tensor([3.0, 0.1])).tolist() == [1, 1]
+    assert EMA().weights(torch.tensor([2.0, 0.5])).tolist() == [0.5, 2]
+
+
+def test_the_ports_patches():
+    base = tiny_base()
+    made = make_portal(base)
+    like = made.converters["tiny"]
+    with experiments.ported_from(lambda c: c.e.fill_(7)):
+        assert (port.Converter(made.cfg, base.layers, base.dims, like).e == 7).all()
+    assert torch.equal(port.Converter(made.cfg, base.layers, base.dims, like).e, like.e)
+    with experiments.lr_of_e(0.5):
+        groups = port.portal_learner(made, small_rows(), 1, 1, 1e-2, 1).optimizer.param_groups
+    assert [len(group["params"]) for group in groups] == [4, 1] and groups[1]["params"][0] is like.e
+    assert [group["initial_lr"] for group in groups] == [1e-2, 0.5]
+
+
+def test_gradients_between_tasks_add_up_to_the_rounds(tmp_path):
+    """The norms and cosines that are written, against one backward pass a task through the generator."""
+    base = tiny_base()
+    made = make_portal(base)
+    learner = portal_learner(made, small_rows(), 1, 1, 0.0)
+    with experiments.watched(tmp_path / "g.jsonl"):
+        train.one_round([base], made.adapters, [learner], {"tiny": some_items()}, 40, {"tiny": EMA()}, made.z)
+    record, = map(json.loads, (tmp_path / "g.jsonl").read_text().splitlines())
+    own = []
+    for t in range(3):
+        for p in made.core.parameters():
+            p.grad = None
+        adapters = made.adapters("tiny")
+        losses, gradients = task_gradients(base, adapters, some_items(), 40)
+        for g in gradients:
+            g[[s for s in range(3) if s != t]] = 0
+        torch.autograd.backward(adapters.tensors(), [g / losses[t] for g in gradients])
+        own.append(torch.cat([p.grad.flatten() for p in made.core.parameters()]))
+    for t in range(3):
+        others = sum(own) - own[t]
+        assert record["norms"][t] == pytest.approx(own[t].norm().item(), rel=1e-4)
+        assert record["cosines"][t] == pytest.approx((own[t] @ others / own[t].norm() / others.norm()).item(), abs=1e-4)
+
+
+def test_flops_equal_torchs_count():
+    """Of the projections: forward, the input's gradient, and the adapter of the one task there is."""
+    base = tiny_base()
+    made = make_portal(base, tasks=("one",))
+    adapters = made.adapters("tiny").map(lambda a: a.detach().requires_grad_())
+    own = experiments.dims_of(adapters)
+    every = {m: (base.layers, 0, *dims) for m, dims in base.dims.items()}
+    x, tokens = {d: torch.randn(2, 5, d, requires_grad=True) for d in {d for d, _ in base.dims.values()}}, 10
+    with FlopCounterMode(display=False) as counter, base.adapted(adapters, torch.tensor([0, 0])):
+        for part in base.model.modules():
+            if hasattr(part, "kind"):
+                part(x[part.linear.in_features]).sum().backward()
+    assert experiments.flops(tokens, 0, every, own) == counter.get_total_flops()
+
+
+def test_flops_of_the_generator_equal_torchs_count():
+    made = make_portal(tiny_base())
+    for p in (made.z, *made.core.parameters()):
+        p.requires_grad_(False)
+    made.z.requires_grad_()                                                          # so that backward reaches all of the trunk
+    with FlopCounterMode(display=False) as counter:
+        adapters = made.adapters("tiny")
+        torch.autograd.backward(adapters.tensors(), [torch.ones_like(a) for a in adapters.tensors()])
+    cfg, (layers, *_), T = made.cfg, made.converters["tiny"].e.shape, 3
+    film = 2 * 2 * T * cfg.d_z * 2 * cfg.hidden                                      # once a task, not a layer: left out there
+    counted = experiments.generator_flops(cfg, layers, experiments.dims_of(adapters))
+    assert counter.get_total_flops() - film == pytest.approx(counted, rel=1e-6)
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["mian"], ["mian", "accepted", "sweep"]), (["ablation", "--bases", "x"], ["--bases", "main"]),
+    (["--seeds", "a"], ["'a'", "whole number"]), (["--sweep", "0"], ["'0'", "above 0"])])
+def test_bad_input(argv, words, capsys):
+    assert command(experiments, *argv) == 2
+    one_line(capsys, words)
