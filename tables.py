@@ -193,8 +193,9 @@ def called(*names):
 
 def curve(axes, points, label):
     """points: [(x, y, low, high)] -> the line's colour"""
-    x, y, low, high = np.array(points or np.zeros((0, 4))).T
-    return axes.errorbar(x, y, [y - low, high - y], marker="o", capsize=3, label=label)[0].get_color()
+    x, y, low, high = np.array(points, float).T
+    bars = np.maximum([y - low, high - y], 0)                                        # a bootstrap may leave its point out
+    return axes.errorbar(x, y, bars, marker="o", capsize=3, label=label)[0].get_color()
 
 
 def log_axis(axes, ticks, xlabel, ylabel):
@@ -413,7 +414,8 @@ def carry(rows, about, folder, notes):
             for label, points in lines.items():
                 curve(axes, points, label)
             log_axis(axes, ticks, "training tasks (T)", f"carry-over, % of the lift of\n{whole}")
-            axes.legend(frameon=False, fontsize="small")
+            if lines:
+                axes.legend(frameon=False, fontsize="small")
     main += ["", "![carry-over against the number of training tasks](table-carry.png)"]
     notes.append("carried z: fitted on source bases alone. Macro averages over the tasks, ± sd over seeds; [95% interval] "
                  "over evaluation rows. \"-\": not measured, or a gain smaller than the half-width of its interval.")
