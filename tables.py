@@ -164,7 +164,8 @@ def task_lifts(rows, methods, base, n):
         one = {m: {seed: {task: cells[task]} for seed, cells in seeds.items()} for m, seeds in methods.items()}
         one |= {m: by_seed(of(rows, method=m, n=k, task=task)) for m, k in (("base", 0), ("lora", n))}
         one = comparable(one, [], "")
-        lifts |= {(task, m): share(numbers(one), m) if one else None for m in methods}
+        measured = numbers(one) if one else ({}, {})
+        lifts |= {(task, m): share(measured, m) for m in methods}
     return lifts
 
 
