@@ -164,7 +164,8 @@ def task_lifts(rows, methods, base, n):
         one = {m: {seed: {task: cells[task]} for seed, cells in seeds.items()} for m, seeds in methods.items()}
         one |= {m: by_seed(of(rows, method=m, n=k, task=task)) for m, k in (("base", 0), ("lora", n))}
         one = comparable(one, [], "")
-        lifts |= {(task, m): share(numbers(one), m) if one else None for m in methods}
+        measured = numbers(one) if one else ({}, {})
+        lifts |= {(task, m): share(measured, m) for m in methods}
     return lifts
 
 
@@ -193,8 +194,9 @@ def called(*names):
 
 def curve(axes, points, label):
     """points: [(x, y, low, high)] -> the line's colour"""
-    x, y, low, high = np.array(points or np.zeros((0, 4))).T
-    return axes.errorbar(x, y, [y - low, high - y], marker="o", capsize=3, label=label)[0].get_color()
+    x, y, low, high = np.array(points, float).T
+    bars = np.maximum([y - low, high - y], 0)                                        # a bootstrap may leave its point out
+    return axes.errorbar(x, y, bars, marker="o", capsize=3, label=label)[0].get_color()
 
 
 def log_axis(axes, ticks, xlabel, ylabel):
@@ -413,7 +415,8 @@ def carry(rows, about, folder, notes):
             for label, points in lines.items():
                 curve(axes, points, label)
             log_axis(axes, ticks, "training tasks (T)", f"carry-over, % of the lift of\n{whole}")
-            axes.legend(frameon=False, fontsize="small")
+            if lines:
+                axes.legend(frameon=False, fontsize="small")
     main += ["", "![carry-over against the number of training tasks](table-carry.png)"]
     notes.append("carried z: fitted on source bases alone. Macro averages over the tasks, ± sd over seeds; [95% interval] "
                  "over evaluation rows. \"-\": not measured, or a gain smaller than the half-width of its interval.")
