@@ -99,6 +99,47 @@ ABLATIONS = {
 }
 
 
+# Some tasks stay under-fit (section 7). Is the core too small, or is it the way there? With all rows, each line changes one
+# of the two: more room (rank, latent, width), or another way (more rounds, tasks at equal strength, LayerNorm); and the
+# worst task is trained alone, on the core that was too small for it among fourteen.
+AS_PRINTED = ["--norm", "none"]
+COMPETITION = {
+    "": ([], []),
+    "trunk as printed": (AS_PRINTED, []),
+    "trunk as printed, the worst task alone": (AS_PRINTED, []),
+    "trunk as printed, task gradients at equal norm": (AS_PRINTED, [equal_tasks]),
+    "trunk as printed, rank 16": ([*AS_PRINTED, "--rank", "16"], []),
+    "trunk as printed, d_z 256, hidden 512": (AS_PRINTED, [lambda: sizes(d_z=256, hidden=512)]),
+    "trunk as printed, three times the epochs": ([*AS_PRINTED, "--epochs", "12"], []),
+    "all seven modules": (["--modules", "all"], []),
+}
+
+
+def watched(path, every=25):
+    """train.one_round that also appends, every so many rounds, what the tasks do to each other to `path`: of each task's
+    gradient on the core, as the optimiser will add it to the others', its norm and its cosine with the sum of the others'.
+    """
+    rounds, one_round = itertools.count(), train.one_round
+    def replaced(bases, generate, learners, items, max_tokens, running=None, z=None):
+        core = [p for p in generate.__self__.core.parameters() if p.requires_grad]   # none in a port
+        if core and (number := next(rounds)) % every == 0:
+            for base in bases:
+                adapters = generate(base.name)
+                losses, gradients = train.task_gradients(base, adapters, items[base.name], max_tokens)
+                mean = running[base.name].mean
+                weights = 1 / (losses if mean is None else mean).clamp(min=1e-3)
+                own = []
+                for t, weight in enumerate(weights):
+                    alone = [weight * F.one_hot(torch.tensor(t), len(g)).view(-1, 1, 1, 1) * g for g in gradients]
+                    parts = torch.autograd.grad(adapters.tensors(), core, alone, retain_graph=True)
+                    own.append(torch.cat([p.flatten() for p in parts]))
+                own = torch.stack(own)                                               # [T, parameters of the core]
+                cosines = F.cosine_similarity(own, own.sum(0) - own)                 # [T]
+                append_jsonl(path, dict(round=number, base=base.name, norms=own.norm(dim=1).tolist(),
+                                        cosines=cosines.tolist(), losses=losses.tolist()))
+        return one_round(bases, generate, learners, items, max_tokens, running, z)
+    return mock.patch.object(train, "one_round", replaced)
+
 
 # ---------------------------------------------------------------------------------------------- counting
 def dims_of(adapters):
