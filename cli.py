@@ -171,7 +171,7 @@ FLAGS = {
                      help="print N evaluation rows a task, before and after; write nothing"),
         "log": dict(nargs="?", const=True, type=pathlib.Path, metavar="FILE",
                     help="draw loss and held-out acc_norm of the run's log.jsonl, or of FILE, as a .png beside it; no more"),
-        "table": dict(choices=["6.1", "6.2", "6.3", "6.4", "ablations", "tasks", "carry", "all", "readme"],
+        "table": dict(choices=["6.1", "6.2", "6.3", "6.4", "ablations", "competition", "tasks", "carry", "all", "readme"],
                       help="write this table of the paper, or all, from the folder --results alone; readme: the README's, "
                            "from every folder in results/"),
         "results": dict(type=pathlib.Path, metavar="DIR",

@@ -277,7 +277,7 @@ class Steps:
             name = f"competition-{slug(variant)}-seed{seed}"
             self.run(name).parent.mkdir(parents=True, exist_ok=True)
             alone = ["--tasks", self.worst(seed)] if variant.endswith("alone") else []
-            self.do("competition", variant, name, [
+            self.do("alone" if alone else "competition", variant, name, [
                 self.source(seed, *flags, *alone), (port, ["--overwrite", "--to", "toy-gemma"]),
                 (eval, ["--methods", "base,portal"])],
                 [*patches, lambda: watched(self.out / "runs" / f"{name}.gradients.jsonl")])
@@ -316,7 +316,26 @@ class Steps:
         write_json(self.out / "about.json", dict(
             kind="toy" if self.toy else "real", hardware=hardware(), commit=commit(), seen=seen, within=within,
             across=[name for name in kinds if name not in (*seen, *within)], n=saved["n"], commands=commands,
-            steps=self.done, parameters=parameters, costs=costs))
+            steps=self.done, parameters=parameters, costs=costs, gradients=self.gradients()))
+
+    def gradients(self):
+        """{variant: {task: its gradient's norm, of the tasks' mean, and its cosine with the others' sum}}, means over what
+        `watched` wrote in the second half of source training."""
+        found = {}
+        for name, step in self.done.items():
+            path = self.out / "runs" / f"{name}.gradients.jsonl"
+            if not path.exists() or not (self.run(name) / "portal.json").exists():
+                continue
+            records = [json.loads(line) for line in path.read_text().splitlines()]
+            last = [r for r in records if r["round"] > max(r["round"] for r in records) / 2]
+            norms, cosines = (torch.tensor([r[key] for r in last]) for key in ("norms", "cosines"))  # [records, T]
+            norms = norms / norms.mean(1, keepdim=True)
+            for task, norm, cosine in zip(load_config(self.run(name))[1].tasks, norms.T, cosines.T):
+                cell = found.setdefault(step["variant"], {}).setdefault(task, dict(norm=[], cosine=[]))
+                cell["norm"] += norm.tolist()
+                cell["cosine"] += cosine.tolist()
+        return {variant: {task: {key: sum(values) / len(values) for key, values in cell.items()}
+                          for task, cell in tasks.items()} for variant, tasks in found.items()}
 
 
 def slug(variant):

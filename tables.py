@@ -1,6 +1,6 @@
 """From results.jsonl to the paper's tables and figures, with their spread. eval.py is the command:
 
-    python eval.py --table 6.1                 of results/toy; or 6.2, 6.3, 6.4, ablations, tasks, carry, all
+    python eval.py --table 6.1                 of results/toy; or 6.2, 6.3, 6.4, ablations, competition, tasks, carry, all
     python eval.py --table 6.1 --results DIR   of another folder; the table is printed and saved as DIR/table-6.1.md
     python eval.py --table readme              rewrite the README's results from every folder under results/
 
@@ -26,7 +26,7 @@ from eval import drawing, unpack
 
 REPLICATES, TOLERANCE = 2000, 0.005
 ABOUT = dict(seen=list, within=list, across=list, n=int, commands=dict, parameters=dict, costs=dict, searched=dict,
-             hardware=str, commit=str, title=str, note=str)
+             gradients=dict, hardware=str, commit=str, title=str, note=str)
 ROW = dict(experiment=str, method=str, variant=str, base=str, role=str, task=str, seed=int, n=int, select=str,
            acc_norm=(int, float), log_loss=(int, float), rows=int, training_tasks=int, recipe=str)
 UNSAID = dict(experiment="main", variant="", training_tasks=0, recipe="")  # what eval.py does not write
@@ -315,8 +315,8 @@ def sweep(rows, about, folder, notes):
 
 
 # ---------------------------------------------------------------------------------------------- ablations, tasks, carry
-def ablations(rows, about, folder, notes):
-    every, rows = rows, [row for row in experiment(rows, "ablation", "best") if row["method"] not in ("base", "lora")]
+def ablations(name, rows, about, folder, notes):
+    every, rows = rows, [row for row in experiment(rows, name, "best") if row["method"] not in ("base", "lora")]
     names = list(dict.fromkeys((row["method"], row["variant"]) for row in rows))
     shipped = ("portal", "")
     sizes = {role: max((row["n"] for row in of(rows, role=role)), default=0) for role in ("seen", "unseen")}
@@ -355,6 +355,28 @@ def ablations(rows, about, folder, notes):
     notes.append("Means over the bases of their macro averages, ± sd over seeds; differences to \"as shipped\", paired by "
                  f"seed. Sources: n = {sizes['seen']}; ported: n = {sizes['unseen']}.")
     return main, [], [row for bases in found.values() for methods in bases.values() for row in rows_of(methods)]
+
+
+def competition(rows, about, folder, notes):
+    """The ablations' table of this experiment; and of each task, what its gradient on the core looks like."""
+    main, details, used = ablations("competition", rows, about, folder, notes)
+    alone = epoch(of(rows, experiment="alone", method="portal"), "best")
+    for task, base in dict.fromkeys((row["task"], row["base"]) for row in alone):
+        both = [[row["acc_norm"] for row in part if (row["task"], row["base"]) == (task, base)] for part in
+                (alone, of(used, variant="trunk as printed"))]
+        main += ["", f"Trunk as printed, {task} on {base}: {spread(both[0])} trained alone, {spread(both[1])} among all."]
+    measured = {variant: tasks for variant, tasks in about.get("gradients", {}).items() if len(tasks) > 1}
+    for variant, tasks in measured.items():
+        accs = {task: [row["acc_norm"] for row in of(used, variant=variant, role="seen", task=task)] for task in tasks}
+        part = [f"{variant or 'as shipped'}: the tasks, those that end worst first", "",
+                *header("task", "sources: acc_norm", "gradient norm, of the tasks' mean", "cosine with the others' sum")]
+        for task in sorted(tasks, key=lambda task: fmean(accs[task] or [1])):
+            part.append(line(task, f"{fmean(accs[task]):.3f}" if accs[task] else "-", f"{tasks[task]['norm']:.2f}",
+                             f"{tasks[task]['cosine']:+.2f}"))
+        (main if variant == "trunk as printed" else details).extend(["", *part])
+    notes.append("Gradients on the core, each task's as the optimiser adds it to the others', every 25th round of source "
+                 "training, mean over its second half, bases and seeds.")
+    return main, details, used
 
 
 def per_task(rows, about, folder, notes):
@@ -431,7 +453,8 @@ TABLES = {
     "6.2": ("Table 6.2: unseen bases of a source's family", functools.partial(comparison, "within", "unseen", TARGETS)),
     "6.3": ("Table 6.3: unseen bases of another family", functools.partial(comparison, "across", "unseen", TARGETS)),
     "6.4": ("Table 6.4: how many rows a port needs", sweep),
-    "ablations": ("Ablations: what each part does", ablations),
+    "ablations": ("Ablations: what each part does", functools.partial(ablations, "ablation")),
+    "competition": ("Competition: what leaves a task under-fit", competition),
     "tasks": ("Tasks: the lift of each", per_task),
     "carry": ("Carry: a new task's latent on bases it was not fitted on", carry)}
 

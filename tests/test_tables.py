@@ -329,3 +329,19 @@ def test_the_readme_keeps_the_rest_byte_for_byte(tmp_path, monkeypatch, capsys):
         assert "accepted are one line <!-- results" in refused(capsys, "--table", "readme") and path.read_bytes() == wrong
     path.unlink()
     refused(capsys, "--table", "readme")
+
+
+def test_competition(tmp_path):
+    def rows(variant, accs):
+        return [row("portal", base, task, 0, share_right(acc), variant=variant, experiment="competition")
+                for base in ("src", "far") for task, acc in accs.items()]
+    alone = row("portal", "src", "two", 0, share_right(0.9), variant="trunk as printed, the worst task alone", experiment="alone")
+    cell = lambda norm, cosine: dict(norm=norm, cosine=cosine)
+    about = {**ABOUT, "gradients": {"trunk as printed": dict(one=cell(1.5, -0.25), two=cell(0.5, 0.125))}}
+    text = made("competition", save(tmp_path, [*rows("", dict(one=1, two=0.8)), *rows("trunk as printed", dict(one=0.9, two=0.4)),
+                                               alone], about))
+    assert cells(text, "trunk as printed")[2:5] == ["0.650", cells(text, "trunk as printed")[3], "-0.250"]
+    assert "two on src: 0.900 trained alone, 0.400 among all." in text
+    lines = text.splitlines()
+    worst_first = [line for line in lines if line.startswith(("| one |", "| two |"))]
+    assert worst_first == ["| two | 0.400 | 0.50 | +0.12 |", "| one | 0.900 | 1.50 | -0.25 |"]
