@@ -35,7 +35,8 @@ QUARTER = 250                                                                   
 
 
 # ---------------------------------------------------------------------------------------------- ablations
-# What is taken away or replaced, as (flags of train.py, patches, whether only the port is concerned). The patches reach into
+# What is taken away or replaced, as (flags, patches, whether only the port is concerned: else the flags are train.py's). The
+# patches reach into
 # the method where a reader would: what they change is named in the code, and no option of the commands is needed for it.
 def without_film(init=portal.Core.__init__):
     def replaced(core, cfg):
@@ -92,7 +93,9 @@ ABLATIONS = {
     "rank 16": (["--rank", "16"], [], False),
     "d_c 64": ([], [lambda: sizes(d_c=64)], False),
     "d_c 1024": ([], [lambda: sizes(d_c=1024)], False),
-    "port: e at random (write-up)": ([], [lambda: ported_from(lambda c: c.e.normal_())], True),
+    "port: e at random, lr 1e-3 (write-up)": (["--lr", "1e-3"], [lambda: ported_from(lambda c: c.e.normal_())], True),
+    "port: e at random": ([], [lambda: ported_from(lambda c: c.e.normal_())], True),
+    "port: e by depth, lr 1e-3": (["--lr", "1e-3"], [], True),
     "port: e at random, its lr 3e-2": ([], [lambda: ported_from(lambda c: c.e.normal_()), lambda: lr_of_e(3e-2)], True),
     "port: e by depth, its lr 3e-2": ([], [lambda: lr_of_e(3e-2)], True),
     "port: P_out small random": ([], [lambda: ported_from(lambda c: [p.normal_(std=0.02) for p in c.P_out.values()])], True),
@@ -268,6 +271,7 @@ class Steps:
             commands = [(port, ["--overwrite", "--to", "toy-gemma", *few]), (eval, ["--methods", "base,portal"])]
             if port_alone:
                 self.fork(f"ablation-shipped-seed{seed}", name)
+                commands[0][1].extend(flags)
                 commands[1][1].extend(["--bases", "toy-gemma"])
             self.do("ablation", variant, name, commands if port_alone else [self.source(seed, *few, *flags), *commands], patches)
 
@@ -292,8 +296,8 @@ class Steps:
 
     # ------------------------------------------------------------------------------------------ what is written
     def gather(self):
-        """<out>/results.jsonl and about.json, from all run folders."""
-        lines, parameters, costs = [], {}, {}
+        """<out>/results.jsonl and about.json, from all run folders. Where the last epoch was the selected one, once."""
+        lines, parameters, costs = {}, {}, {}
         for name, step in self.done.items():
             run = self.run(name)
             for line in (run / "results.jsonl").read_text().splitlines() if (run / "results.jsonl").exists() else ():
@@ -302,10 +306,10 @@ class Steps:
                     row["variant"] = ""                                              # what was changed concerns PorTAL alone
                 if row["method"] == "lora_iso":
                     row.update(method="lora", variant="iso")
-                lines.append(json.dumps(row) + "\n")
+                lines.setdefault(json.dumps({**row, "select": "", "seconds": 0}), json.dumps(row))
             if step["experiment"] in ("main", "sweep") and (run / "portal.json").exists():
                 count(run, step["variant"], parameters, costs)
-        write_whole(self.out / "results.jsonl", lambda path: path.write_text("".join(lines)))
+        write_whole(self.out / "results.jsonl", lambda path: path.write_text("".join(line + "\n" for line in lines.values())))
         saved = next((read_json(path) for path in sorted(self.out.glob("runs/seed*/portal.json"))), None)
         if saved is None:
             return

@@ -27,7 +27,8 @@ def test_a_step_runs_what_is_left_of_it(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         run = tmp_path / "runs" / "a"
         run.mkdir(parents=True, exist_ok=True)                                       # no portal.json: nothing to count
-        (run / "results.jsonl").write_text("".join(json.dumps(dict(method=m, task="t")) + "\n" for m in ("portal", "lora_iso")))
+        (run / "results.jsonl").write_text("".join(
+            json.dumps(dict(method=m, task="t", select=s)) + "\n" for s in ("best", "final") for m in ("portal", "lora_iso")))
     one = SimpleNamespace(__name__="train", main=main)
     def go():
         experiments.Steps(flags(tmp_path, train="--epochs '1'")).do("sweep", "all", "a", [(one, ["first"]), (one, ["second"])])
@@ -38,6 +39,7 @@ def test_a_step_runs_what_is_left_of_it(tmp_path, monkeypatch):
     name = ["--run", str(tmp_path / "runs" / "a")]
     assert ran == [[*name, part, "--epochs", "1"] for part in ("first", "second", "second")]
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    rows = [{key: value for key, value in row.items() if key != "select"} for row in rows]  # once, not once an epoch
     assert rows == [dict(experiment="sweep", variant="all", method="portal", task="t"),
                     dict(experiment="sweep", variant="iso", method="lora", task="t")]
 
