@@ -347,9 +347,14 @@ def main(argv=None):
                                             args.quantize or p.get("quantize"))
         return loaded[p["base"]]
 
+    def train_rows_of(tag):
+        """{task: (train rows, held-out rows)} that a base's converter was fitted on; of a task that was added since, as many."""
+        p = provenance[tag]
+        tasks = load_run_tasks(saved, pathlib.Path(p["data"]))
+        return {task: sample(splits["train"], p["n"], p["seed"]) for task, splits in tasks.items()}
+
     def ensure(method, tag):
-        """Fit a trained baseline of a base on the very rows its converter was fitted on (of a task that was added since: on
-        as many), unless it is there."""
+        """Fit a trained baseline of a base on the very rows its converter was fitted on, unless it is there."""
         what = f"{method} {tag}"
         if what in fitted:
             return
@@ -359,8 +364,7 @@ def main(argv=None):
         there = all(before.get(key) == p[key] for key in ("id", "revision", "n", "seed", "data", "added"))
         if there and not (args.overwrite and what not in journal.done):
             return print(f"{what}: fitted before with {before['settings']}; --overwrite fits it again")
-        tasks, base, default = load_run_tasks(saved, pathlib.Path(p["data"])), base_of(tag), preset([p["base"]])
-        train_rows = {task: sample(splits["train"], p["n"], p["seed"]) for task, splits in tasks.items()}
+        base, default, train_rows = base_of(tag), preset([p["base"]]), train_rows_of(tag)
         if method == "hypernet":                                                     # with the settings of source training
             hypernet.fit_hypernet(run, tag, base, train_rows, p, default, cfg)
         else:
@@ -386,7 +390,9 @@ def main(argv=None):
         source = next((name for name in reversed(seen) if name != base.name), None)  # whose LoRAs are carried over
         if source and TRANSFERS & set(methods):
             ensure("lora", source)
-            cross_lora.transfer_all(run, tag, base, base_of(source), p["seed"])
+            held = [row for _, held in train_rows_of(tag).values() for row in held[:cross_lora.HELD]]
+            cross_lora.transfer_all(run, tag, base, base_of(source), p["seed"],
+                                    encode(base.tokenizer, held, cfg.tasks)[0], max_tokens)
         for method in methods if source else [m for m in methods if m not in TRANSFERS]:
             measure(run, method, tag, base, items, cfg.tasks, max_tokens, journal, dict(
                 role="seen" if base.name in seen else "unseen", seed=p["seed"], n=0 if method == "base" else p["n"]))

@@ -14,6 +14,9 @@ which aligns the subspaces direction by direction: the i-th direction of the sou
 
 Controls: `copy` uses the source's A and B as they are, cut or zero-padded where the shapes differ; `random` puts a random
 delta of the source delta's Frobenius norm in its place. None of the three has epochs: "best" and "final" are one.
+
+A delta that suits the source may be too weak or too strong for the target. All three may choose a factor for it, one a base,
+on the target's held-out rows, by which the other methods choose their epoch.
 """
 import functools
 
@@ -22,9 +25,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from cli import read_json, write_json
-from dist import NO_BAR, RANK, wait
+from dist import NO_BAR, wait
+from eval import evaluate, macro
 from portal import Adapters, load_adapters, same_depth, save_adapters
 
+FACTORS, HELD = (0.5, 1, 2, 4), 30                                                   # tried on so many rows a task
 K = 320                                                                              # leading singular directions kept
 
 
@@ -71,18 +76,25 @@ def transfer(method, adapters, source, target):
     return Adapters(A, B, adapters.scale)
 
 
-def transfer_all(run, tag, target, source, seed):
+def transfer_all(run, tag, target, source, seed, held, max_tokens):
     """Carry the source's saved LoRAs over in the three ways and save them as baselines/<method>/<tag>, unless they are
-    there already from these very LoRAs; -> the methods' names."""
+    there already from these very LoRAs. held: items of the target to choose a factor by; without any it is 1."""
     origin = {"source": source.name, "target": target.origin, "seed": seed,
               "lora": read_json(run / "baselines" / "lora" / f"{source.name}.json")["date"]}
     generator = torch.Generator().manual_seed(seed)
     methods = {"cross_lora": cross_lora, "copy": copy, "random": lambda *args: random(*args, generator)}
     for name, method in methods.items():
         path = run / "baselines" / name / f"{tag}.json"
-        if RANK == 0 and (not path.exists() or read_json(path) != origin):
-            lora = load_adapters(run / "baselines" / "lora" / f"{source.name}.safetensors", source.device)
-            save_adapters(path.with_name(f"{tag}.safetensors"), transfer(method, lora, source, target))
-            write_json(path, origin)
+        if path.exists() and {**read_json(path), "factor": None} == {**origin, "factor": None}:
+            continue
+        lora = load_adapters(run / "baselines" / "lora" / f"{source.name}.safetensors", source.device)
+        carried = transfer(method, lora, source, target)
+        scores = {1: ()}
+        for factor in FACTORS if held else ():                                       # of equals the first
+            cells = evaluate(target, carried._replace(scale=factor * carried.scale), held, max_tokens)
+            scores[factor] = macro([(cell["acc_norm"], -cell["log_loss"]) for cell in cells.values()])
+        factor = max(scores, key=scores.get)
+        wait()                                                                       # all processes have looked at `path`
+        save_adapters(path.with_name(f"{tag}.safetensors"), carried._replace(scale=factor * carried.scale))
+        write_json(path, {**origin, "factor": factor})
     wait()                                                                           # the others read what 0 has written
-    return tuple(methods)

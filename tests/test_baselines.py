@@ -1,11 +1,13 @@
 """Per-task LoRA: all at once equals one at a time, and PEFT's training. Cross-LoRA: what its algebra promises."""
-import peft, torch
+import peft, pytest, torch
 from conftest import peft_projections, tiny_base, tiny_model
 from test_bases import random_adapters
 
-from baselines.cross_lora import copy, cross_lora, delta_norm, random, subspace, transfer
+from baselines.cross_lora import FACTORS, copy, cross_lora, delta_norm, random, subspace, transfer, transfer_all
 from baselines.lora import TaskLoRAs
+from cli import read_json, write_json
 from data import Cycle, Row, encode
+from eval import evaluate
 from portal import MODULES, Adapters, load_adapters, same_depth, save_adapters
 from train import Learner, fit, rounds_of
 
@@ -128,3 +130,28 @@ def test_layers_are_matched_by_relative_depth():
     source, target = tiny_base("qwen3"), tiny_base("qwen2", seed=1)
     adapters = transfer(cross_lora, random_adapters(source), source, target)
     assert {m: (a.shape[-1], adapters.B[m].shape[-2]) for m, a in adapters.A.items()} == target.dims
+
+
+def test_the_factor_of_a_transfer_is_the_best_on_held_out_rows(tmp_path):
+    base, source = tiny_base(name="there"), tiny_base(seed=1, name="here")
+    adapters = random_adapters(source, tasks=2)
+    save_adapters(tmp_path / "baselines" / "lora" / "here.safetensors", adapters)
+    write_json(tmp_path / "baselines" / "lora" / "here.json", {"date": "today"})
+    rows = [row for train, _ in rows_of({"one": 12, "two": 12}).values() for row in train]
+    held = encode(base.tokenizer, rows, ["one", "two"])[0]
+    transfer_all(tmp_path, "there", base, source, 0, held, 200)
+    factors = set()
+    for method, carry in (("cross_lora", cross_lora), ("copy", copy)):
+        saved = load_adapters(tmp_path / "baselines" / method / "there.safetensors")
+        plain, accs = transfer(carry, adapters, source, base), {}
+        for factor in FACTORS:
+            cells = evaluate(base, plain._replace(scale=factor * plain.scale), held, 200).values()
+            accs[factor] = (sum(c["acc_norm"] for c in cells) / 2, -sum(c["log_loss"] for c in cells) / 2)
+        best = max(accs, key=accs.get)
+        assert saved.scale == pytest.approx(best * plain.scale) and torch.equal(saved.A["q"], plain.A["q"])
+        assert read_json(tmp_path / "baselines" / method / "there.json")["factor"] == best
+        factors.add(best)
+    assert factors != {1}                                                            # else this would not show a thing
+    before = (tmp_path / "baselines" / "copy" / "there.json").stat().st_mtime_ns
+    transfer_all(tmp_path, "there", base, source, 0, [], 200)                        # there already
+    assert (tmp_path / "baselines" / "copy" / "there.json").stat().st_mtime_ns == before
