@@ -7,7 +7,7 @@
 
     main        sections 6.1 to 6.3: every method on the source bases and on the unseen ones
     sweep       section 6.4: the rows a port needs, beside those that a LoRA needs
-    ablation    one piece of the method at a time taken away or replaced, on a quarter of the toy's rows
+    ablation    one piece of the method at a time taken away or replaced, on a quarter of the toy's rows and rounds
     competition the write-up's open problem (section 7): what leaves a task under-fit, and what mends it
     carry       a task learned after the port, in a world of a hundred skills (carry_over.py)
 
@@ -264,11 +264,12 @@ class Steps:
             self.source(seed, "--modules", "all"), ports, (eval, ["--bases", target, "--methods", "portal"])])
 
     def ablation(self, seed):
-        """On the toy: a quarter of its rows, which leaves the methods room to differ, and the port that is hardest."""
+        """On the toy: a quarter of its rows and of the rounds of training, a third of those of the port, which leaves the
+        methods room to differ; and the port that is hardest."""
         few = ["--n", str(QUARTER)]
         for variant, (flags, patches, port_alone) in ABLATIONS.items():
             name = f"ablation-{slug(variant)}-seed{seed}"
-            commands = [(port, ["--overwrite", "--to", "toy-gemma", *few]), (eval, ["--methods", "base,portal"])]
+            commands = [(port, ["--overwrite", "--to", "toy-gemma", "--epochs", "1", *few]), (eval, ["--methods", "base,portal"])]
             if port_alone:
                 self.fork(f"ablation-shipped-seed{seed}", name)
                 commands[0][1].extend(flags)
@@ -318,6 +319,7 @@ class Steps:
         within = [name for name, kind in kinds.items() if name not in seen and kind in {kinds[s] for s in seen}]
         commands = {table: f"python experiments.py {name}" for table, name in MADE_BY.items()}
         write_json(self.out / "about.json", dict(
+            title="Results: the toy" if self.toy else f"Results: {' + '.join(seen)}", searched=SEARCHED if self.toy else {},
             kind="toy" if self.toy else "real", hardware=hardware(), commit=commit(), seen=seen, within=within,
             across=[name for name in kinds if name not in (*seen, *within)], n=saved["n"], commands=commands,
             steps=self.done, parameters=parameters, costs=costs, gradients=self.gradients()))
@@ -356,6 +358,13 @@ def commit():
     return found.stdout.strip() or "not a git checkout"
 
 
+# What was tried for each method on the toy before its settings were fixed (train.TOY), always on rows held out of train.
+SEARCHED = {
+    "portal": "toy-gemma, seed 0, n = 32, 125 and 1,000: the port's e at random or by depth, lr 1e-3 and 3e-3, e's own lr 3e-2, "
+              "P_out zero or small random, 56 to 340 rounds; source training and sizes: n = 1,000, norm and gain alone.",
+    "lora": "toy-gemma, seed 0, n = 32: lr 1e-3 and 3e-3, 56 to 224 rounds; n = 125 and 250: 112 rounds.",
+    "hypernet": "nothing of its own; it has the settings of source training.",
+    **dict.fromkeys(("cross_lora", "copy", "random"), "a factor of .5, 1, 2 or 4 on the delta, for every base and seed.")}
 EXPERIMENTS = ("main", "sweep", "ablation", "competition")
 MADE_BY = {"6.1": "main", "6.2": "main", "6.3": "main", "tasks": "main", "6.4": "sweep", "ablations": "ablation",
            "competition": "competition"}                                             # {table: experiment}
