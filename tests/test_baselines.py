@@ -1,14 +1,18 @@
 """Per-task LoRA: all at once equals one at a time, and PEFT's training. Cross-LoRA: what its algebra promises."""
-import peft, pytest, torch
-from conftest import peft_projections, tiny_base, tiny_model
-from test_bases import random_adapters
+import pathlib
 
+import peft, pytest, torch
+from conftest import SIZES, peft_projections, tiny_base, tiny_model
+from test_bases import random_adapters
+from test_cli import command, small, trained  # noqa: F401
+
+import eval as evaluation, port, train
 from baselines.cross_lora import FACTORS, copy, cross_lora, delta_norm, random, subspace, transfer, transfer_all
-from baselines.lora import TaskLoRAs
+from baselines.lora import TaskLoRAs, iso_sizes
 from cli import read_json, write_json
 from data import Cycle, Row, encode
 from eval import evaluate
-from portal import MODULES, Adapters, load_adapters, same_depth, save_adapters
+from portal import MODULES, Adapters, Config, Converter, load_adapters, load_portal, same_depth, save_adapters
 from train import Learner, fit, rounds_of
 
 
@@ -155,3 +159,23 @@ def test_the_factor_of_a_transfer_is_the_best_on_held_out_rows(tmp_path):
     before = (tmp_path / "baselines" / "copy" / "there.json").stat().st_mtime_ns
     transfer_all(tmp_path, "there", base, source, 0, [], 200)                        # there already
     assert (tmp_path / "baselines" / "copy" / "there.json").stat().st_mtime_ns == before
+
+
+def test_the_joint_hypernet_is_source_training_on_the_target(trained):
+    """Fitted by eval.py for a port of eight rows a task, and by train.py on that base with these rows."""
+    assert command(port, "--to", "./base-c", "--n", "8", "--epochs", "1") == 0
+    assert command(evaluation, "--bases", "./base-c", "--methods", "hypernet") == 0
+    assert command(train, "--bases", "./base-c", "--data", "data", "--n", "8", "--run", "out/joint") == 0
+    joint = load_portal(pathlib.Path("out/joint"), ["base-c"]).adapters("base-c")
+    saved = load_adapters(trained / "baselines" / "hypernet" / "base-c.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(joint.tensors(), saved.tensors(), strict=True)) and joint.scale == saved.scale
+
+
+def test_iso_loras_have_as_many_parameters_as_the_converter():
+    base = tiny_base()
+    for d_c, rank in ((24, 1), (120, 4)):
+        cfg = Config(tasks=["a"] * 9, **{**SIZES, "d_c": d_c})
+        loras = TaskLoRAs(9, base, **iso_sizes(cfg, base, 9))
+        ours, theirs = sum(p.numel() for p in Converter(cfg, base.layers, base.dims).parameters()), sum(
+            p.numel() for t in range(9) for p in loras.of(t))
+        assert loras.A["q"][0].shape[1] == rank and list(loras.A) == ["q", "v"] and abs(ours / theirs - 1) < 0.15, (ours, theirs)
