@@ -9,7 +9,8 @@
     sweep       section 6.4: the rows a port needs, beside those that a LoRA needs
     ablation    one piece of the method at a time taken away or replaced, on a quarter of the toy's rows and rounds
     competition the write-up's open problem (section 7): what leaves a task under-fit, and what mends it
-    carry       a task learned after the port, in a world of a hundred skills (carry_over.py)
+
+A task learned after the port is an experiment of its own, in a world of a hundred skills: carry_over.py.
 
 An experiment is a list of steps, and a step is the commands of this project, one after the other, on run folders under
 <out>/runs. What was finished is not done again, and what was interrupted goes on inside its command (resume.py), so the
@@ -25,8 +26,8 @@ from transformers import AutoConfig
 
 import eval, port, portal, train
 from bases import pretrained, short_name
-from cli import (LOCKS, OUT, ROOT, TOY_UNSEEN, BadInput, Parser, append_jsonl, commas, new_folder, positive, read_json, run_main, seed,
-                 write_json, write_whole)
+from cli import (LOCKS, OUT, ROOT, TOY_UNSEEN, BadInput, Parser, append_jsonl, commas, new_folder, positive, read_json,
+                 run_main, seed, write_json, write_whole)
 from eval import METHODS, hardware
 from portal import load_adapters, load_config, load_converter
 
@@ -35,9 +36,8 @@ QUARTER = 250                                                                   
 
 
 # ---------------------------------------------------------------------------------------------- ablations
-# What is taken away or replaced, as (flags, patches, whether only the port is concerned: else the flags are train.py's). The
-# patches reach into
-# the method where a reader would: what they change is named in the code, and no option of the commands is needed for it.
+# What is taken away or replaced, as (flags, patches, whether only the port is concerned: else the flags are train.py's).
+# The patches reach into the method where a reader would, so that no option of the commands is needed for it.
 def without_film(init=portal.Core.__init__):
     def replaced(core, cfg):
         init(core, cfg)

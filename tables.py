@@ -328,9 +328,9 @@ def ablations(name, rows, about, folder, notes):
             found[role].update({base: methods} if methods else {})
     lifts = {(*key, base): value for base, methods in found["unseen"].items()
              for key, value in task_lifts(every, methods, base, sizes["unseen"]).items()}
-    def over_bases(role, name, key="acc_norm"):
-        """-> {seed: mean over the bases}, of the seeds that all bases have"""
-        each = [macro(methods.get(name, {}), key) for methods in found[role].values()]
+    def over_bases(role, name, key="acc_norm", beside=shipped):
+        """-> {seed: mean over the bases that `beside` was measured on, too}, of the seeds that all of them have"""
+        each = [macro(methods[name], key) for methods in found[role].values() if {name, beside} <= set(methods)]
         shared = set.intersection(*map(set, each)) if each else ()
         return {seed: fmean(one[seed] for one in each) for seed in sorted(shared)}
     def worst(name):
@@ -346,14 +346,14 @@ def ablations(name, rows, about, folder, notes):
     for name in names:
         columns = []
         for role in found:
-            acc, zero = over_bases(role, name), over_bases(role, shipped)
+            acc, zero = over_bases(role, name), over_bases(role, shipped, beside=name)
             columns += [spread(acc.values()), spread(over_bases(role, name, "log_loss").values()),
                         "-" if name == shipped else spread([acc[s] - zero[s] for s in acc if s in zero], "+.3f")]
         seeds = {seed for role in found for seed in over_bases(role, name)}
         shown = "as shipped" if name == shipped else called(*name).removeprefix("portal ")
         main.append(line(shown, len(seeds), *columns, worst(name)))
     notes.append("Means over the bases of their macro averages, ± sd over seeds; differences to \"as shipped\", paired by "
-                 f"seed. Sources: n = {sizes['seen']}; ported: n = {sizes['unseen']}.")
+                 f"seed, on the same bases. Sources: n = {sizes['seen']}; ported: n = {sizes['unseen']}.")
     return main, [], [row for bases in found.values() for methods in bases.values() for row in rows_of(methods)]
 
 

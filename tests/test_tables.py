@@ -229,7 +229,8 @@ def test_ablations(tmp_path):
     assert "| base |" not in text and "lora" not in text
     only_one = save(tmp_path, [r for r in rows if (r["method"], r["task"]) != ("lora", "two")])
     assert cells(made("ablations", only_one), "no FiLM")[-1].startswith("lift 61.1% [")  # (.65 - .1) / (1 - .1): main's LoRA
-    assert half[1:6] == ["1", "0.400", f"{2 - 8 / 30:.3f}", "-0.400", "-"]           # not on all ported bases
+    loss = f"{2 - 8 / 30:.3f}"
+    assert half[1:8] == ["1", "0.400", loss, "-0.400", "0.400", loss, "-0.300"]      # of the ported bases on kin alone
     save(tmp_path, [r for r in rows if r["method"] != "lora"])
     assert cells(made("ablations", tmp_path), "no FiLM")[-1] == "acc 0.350 (one, far)"
 
