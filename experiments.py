@@ -9,8 +9,7 @@
     sweep       section 6.4: the rows a port needs, beside those that a LoRA needs
     ablation    one piece of the method at a time taken away or replaced, on a quarter of the toy's rows and rounds
     competition the write-up's open problem (section 7): what leaves a task under-fit, and what mends it
-
-A task learned after the port is an experiment of its own, in a world of a hundred skills: carry_over.py.
+    aside       a task learned after the port, on the toy's 14 tasks; in a world of a hundred skills: carry_over.py
 
 An experiment is a list of steps, and a step is the commands of this project, one after the other, on run folders under
 <out>/runs. What was finished is not done again, and what was interrupted goes on inside its command (resume.py), so the
@@ -32,6 +31,7 @@ from eval import METHODS, hardware
 from portal import load_adapters, load_config, load_converter
 
 SWEEP = (8, 16, 32, 64, 125, 250, 500, 1000, 2000)
+ASIDE = ("fourth", "after_animal")                                                   # of the toy's skills
 QUARTER = 250                                                                        # rows a task of an ablation
 
 
@@ -234,13 +234,13 @@ class Steps:
         bases = ["--bases", ",".join(self.chosen.bases)] if self.chosen.bases and "--bases" not in flags else []
         return (train, ["--seed", str(seed), "--overwrite", *bases, *self.data, *flags])
 
-    def fork(self, source, name):
-        """A run with the latents, core and source converters of another one, for ports of its own."""
+    def fork(self, source, name, ported=()):
+        """A run with the latents, core and source converters of another one, for ports of its own, or with its ports."""
         run, files = self.run(name), ["portal.json", "core.safetensors", "latents.safetensors"]
         if (run / "portal.json").exists():
             return
-        for base in read_json(self.run(source) / "portal.json")["bases"]:
-            files += [f"converters/{base['base']}.{end}" for end in ("json", "safetensors")]
+        for base in (*(b["base"] for b in read_json(self.run(source) / "portal.json")["bases"]), *ported):
+            files += [f"converters/{base}.{end}" for end in ("json", "safetensors")]
         with new_folder(run) as folder:
             (folder / "converters").mkdir()
             for file in files:
@@ -262,6 +262,14 @@ class Steps:
             ports, (eval, ["--bases", target, "--methods", "base,lora,lora_iso,portal"])])
         self.do("sweep", "all modules", f"sweep-all-seed{seed}", [
             self.source(seed, "--modules", "all"), ports, (eval, ["--bases", target, "--methods", "portal"])])
+
+    def aside(self, seed):
+        """On the toy: its two skills that are in no training, learned on the sources after the ports were made."""
+        name, port_too = f"aside-seed{seed}", (port, ["--overwrite", "--to", ",".join(self.targets), *self.data])
+        self.do("main", "", f"seed{seed}", [self.source(seed), port_too])
+        self.fork(f"seed{seed}", name, self.targets)
+        learn = [(train, ["--overwrite", "--add-task", str(ROOT / "toy" / "data_aside" / task)]) for task in ASIDE]
+        self.do("carry", "", name, [*learn, (eval, ["--tasks", ",".join(ASIDE), "--methods", "base,lora,portal"])])
 
     def ablation(self, seed):
         """On the toy: a quarter of its rows and of the rounds of training, a third of those of the port, which leaves the
@@ -305,6 +313,8 @@ class Steps:
                 row = {"experiment": step["experiment"], "variant": step["variant"], **json.loads(line)}
                 if row["method"] != "portal":
                     row["variant"] = ""                                              # what was changed concerns PorTAL alone
+                if step["experiment"] == "carry":
+                    row.update(training_tasks=14, recipe="16 skills")
                 if row["method"] == "lora_iso":
                     row.update(method="lora", variant="iso")
                 lines.setdefault(json.dumps({**row, "select": "", "seconds": 0}), json.dumps(row))
@@ -322,7 +332,7 @@ class Steps:
             title="Results: the toy" if self.toy else f"Results: {' + '.join(seen)}", searched=SEARCHED if self.toy else {},
             kind="toy" if self.toy else "real", hardware=hardware(), commit=commit(), seen=seen, within=within,
             across=[name for name in kinds if name not in (*seen, *within)], n=saved["n"], commands=commands,
-            steps=self.done, parameters=parameters, costs=costs, gradients=self.gradients()))
+            parameters=parameters, costs=costs, gradients=self.gradients()))
 
     def gradients(self):
         """{variant: {task: its gradient's norm, of the tasks' mean, and its cosine with the others' sum}}, means over what
@@ -365,9 +375,9 @@ SEARCHED = {
     "lora": "toy-gemma, seed 0, n = 32: lr 1e-3 and 3e-3, 56 to 224 rounds; n = 125 and 250: 112 rounds.",
     "hypernet": "nothing of its own; it has the settings of source training.",
     **dict.fromkeys(("cross_lora", "copy", "random"), "a factor of .5, 1, 2 or 4 on the delta, for every base and seed.")}
-EXPERIMENTS = ("main", "sweep", "ablation", "competition")
-MADE_BY = {"6.1": "main", "6.2": "main", "6.3": "main", "tasks": "main", "6.4": "sweep", "ablations": "ablation",
-           "competition": "competition"}                                             # {table: experiment}
+EXPERIMENTS = ("main", "sweep", "aside", "ablation", "competition")
+MADE_BY = {"6.1": "main", "6.2": "main", "6.3": "main", "tasks": "main", "6.4": "sweep", "carry": "aside",
+           "ablations": "ablation", "competition": "competition"}                    # {table: experiment}
 
 
 def main(argv=None):
