@@ -277,7 +277,7 @@ class Steps:
         few = ["--n", str(QUARTER)]
         for variant, (flags, patches, port_alone) in ABLATIONS.items():
             name = f"ablation-{slug(variant)}-seed{seed}"
-            commands = [(port, ["--overwrite", "--to", "toy-gemma", "--epochs", "1", *few]), (eval, ["--methods", "base,portal"])]
+            commands = [(port, ["--overwrite", "--to", "toy-gemma", "--epochs", "1", *few]), (eval, ["--methods", "portal"])]
             if port_alone:
                 self.fork(f"ablation-shipped-seed{seed}", name)
                 commands[0][1].extend(flags)
@@ -292,7 +292,7 @@ class Steps:
             alone = ["--tasks", self.worst(seed)] if variant.endswith("alone") else []
             self.do("alone" if alone else "competition", variant, name, [
                 self.source(seed, *flags, *alone), (port, ["--overwrite", "--to", "toy-gemma"]),
-                (eval, ["--methods", "base,portal"])],
+                (eval, ["--methods", "portal"])],
                 [*patches, lambda: watched(self.out / "runs" / f"{name}.gradients.jsonl")])
 
     def worst(self, seed):
