@@ -17,7 +17,7 @@ latents fitted on the target itself (`target`), given to the wrong tasks (`shuff
 
 Each fit that is finished is a file in <out>/seed<s>/, and each measurement is lines of <out>/results.jsonl.
 """
-import contextlib, json, random, time
+import contextlib, functools, json, random, time
 
 import torch
 from torch import nn
@@ -40,12 +40,11 @@ REST = [task for task in grid.SKILLS if task not in HELD_OUT]
 # `noise`: while the core learns and is ported, each latent is decoded at a random point around it, this far away in every
 # dimension. `decay`: weight decay on the latents. "" is train.py as it is.
 RECIPES = {"": {}, "noise .1": dict(noise=0.1), "noise .2": dict(noise=0.2), "decay 2": dict(decay=2.0)}
-RECIPE = "noise .1"                                                                  # see `choose`
-SWEEP = [(T, RECIPE) for T in (8, 16, 32, 64, 80)] + [(80, ""), (32, "")]
-CHOICE = [(32, recipe) for recipe in RECIPES]                                        # with the first seed alone
+RECIPE, CHOICE = "noise .1", 32                                                      # see `carry`
+SWEEP = [(T, RECIPE) for T in (80, 64, 32, 16, 8)] + [(80, "")] + [(CHOICE, r) for r in RECIPES if r != RECIPE]
 
-SETTINGS = dict(train=dict(n=160, epochs=4, batch_size=2, lr=1e-3), port=dict(n=160, epochs=4, batch_size=2, lr=1e-3),
-                add=dict(n=200, epochs=4, batch_size=4, lr=3e-3), lora=dict(n=200, epochs=2, batch_size=8, lr=3e-3),
+SETTINGS = dict(train=dict(n=160, epochs=5, batch_size=2, lr=1e-3), port=dict(n=160, epochs=6, batch_size=2, lr=1e-3),
+                add=dict(n=200, epochs=5, batch_size=4, lr=5e-3), lora=dict(n=200, epochs=2, batch_size=8, lr=3e-3),
                 sizes=TOY["sizes"], eval_rows=100)
 MAX_TOKENS = 8192
 
@@ -56,6 +55,7 @@ def tasks_of(T, seed):
     return random.Random(f"tasks {seed}").sample(REST, len(REST))[:T]
 
 
+@functools.cache
 def rows_of(task, split):
     return [Row(r["task"], r["prompt"], r["choices"], r["gold_idx"]) for r in grid.task_rows(task)[split]]
 
@@ -190,57 +190,47 @@ def yardsticks(out, bases, seed):
 
 
 def carry(out, bases, seed, T, recipe):
-    """Train, port, add; then the new tasks and every control on every base."""
-    what, (portal, folder) = named(seed, T, recipe), carrier(out, bases, seed, T, recipe)
+    """Train, port, add; then the new tasks and every control on every base.
+
+    A recipe is chosen by `choice`: 16 other tasks that a core of 32 has not met, on training rows that their latents were
+    not fitted on. So the held-out tasks decide nothing."""
+    what, n, trained = named(seed, T, recipe), SETTINGS["add"]["n"], tasks_of(T, seed)[:len(HELD_OUT)]
+    portal, folder = carrier(out, bases, seed, T, recipe)
     carried = add(folder / "carried.safetensors", f"{what}: add", portal, HELD_OUT, bases[:-1], seed)
     target = add(folder / "target.safetensors", f"{what}: add on the target", portal, HELD_OUT, bases[-1:], seed)
-    known, n = portal.cfg.tasks[:len(HELD_OUT)], SETTINGS["add"]["n"]
-    variants = {"trained": (portal.z[:len(known)], known, SETTINGS["train"]["n"]), "carried": (carried, HELD_OUT, n),
-                "target": (target, HELD_OUT, n), "shuffled": (carried.roll(1, 0), HELD_OUT, n),
-                "mean": (portal.z.mean(0, keepdim=True).repeat(len(HELD_OUT), 1), HELD_OUT, 0)}
+    mean, rows = portal.z.mean(0, keepdim=True).repeat(len(HELD_OUT), 1), eval_rows(HELD_OUT)
+    variants = {"trained": (portal.z[:len(trained)], eval_rows(trained), SETTINGS["train"]["n"]),
+                "carried": (carried, rows, n), "target": (target, rows, n),
+                "shuffled": (carried.roll(1, 0), rows, n), "mean": (mean, rows, 0)}
+    if T == CHOICE:
+        others = tasks_of(T + 16, seed)[T:]
+        z = add(folder / "choice.safetensors", f"{what}: choice", portal, others, bases[:-1], seed)
+        variants["choice"] = z, {task: held for task, (_, held) in train_rows(others, n, seed).items()}, n
     for base in bases:
-        for variant, (z, tasks, n) in variants.items():
+        for variant, (z, own, fitted_on) in variants.items():
             with latents(portal, z):
-                measure(out, base, lambda: portal.adapters(base.name), eval_rows(tasks), dict(
-                    method="portal", variant=variant, recipe=recipe, training_tasks=T, seed=seed, n=n))
-
-
-def choose(out, bases, seed, T, recipe):
-    """What a recipe is chosen by: 16 tasks that no core of T tasks was trained with and that are not held out either, on
-    training rows that their latents were not fitted on."""
-    tasks, n = tasks_of(len(REST), seed)[T:T + 16], SETTINGS["add"]["n"]
-    portal, folder = carrier(out, bases, seed, T, recipe)
-    z = add(folder / "choice.safetensors", f"{named(seed, T, recipe)}: choice", portal, tasks, bases[:-1], seed)
-    rows = {task: held for task, (_, held) in train_rows(tasks, n, seed).items()}
-    for base in bases:
-        with latents(portal, z):
-            measure(out, base, lambda: portal.adapters(base.name), rows, dict(
-                method="portal", variant="choice", recipe=recipe, training_tasks=T, seed=seed, n=n))
+                measure(out, base, lambda: portal.adapters(base.name), own, dict(
+                    method="portal", variant=variant, recipe=recipe, training_tasks=T, seed=seed, n=fitted_on))
 
 
 # ---------------------------------------------------------------------------------------------- the table
 def table(out):
     """Means over tasks and seeds, drawn from results.jsonl alone."""
-    rows, _ = measured(out)
     found = {}
-    for row in rows:
+    for row in measured(out)[0]:
         key = row["training_tasks"], row["recipe"], row["variant"], row["base"]
         found.setdefault(key, []).append(row["acc_norm"])
     acc = {key: sum(values) / len(values) for key, values in found.items()}
-    lines = ["| base | T | recipe | base alone | mean | shuffled | carried | target | LoRA | trained tasks | carry-over |",
-             "|---" * 11 + "|"]
-    for T, recipe, variant, base in acc:
-        if variant != "carried":
-            continue
-        low, high = (acc.get((0, "", which, base)) for which in ("base", "lora"))
-        cells = [acc.get((T, recipe, which, base)) for which in ("mean", "shuffled", "carried", "target", "trained")]
-        numbers = [low, *cells[:4], high, cells[4]]
-        share = None if low is None or high is None else lift(cells[2], low, high)
-        lines.append("| " + " | ".join([base, str(T), recipe or "none", *("-" if x is None else f"{x:.3f}" for x in numbers),
-                                        "-" if share is None else f"{100 * share:.0f}%"]) + " |")
-    lines += ["", "The choice of the recipe, on tasks of its own: acc_norm on the target.", ""]
-    lines += [f"- {recipe or 'none'}: {value:.3f}" for (T, recipe, variant, base), value in acc.items()
-              if variant == "choice" and base == grid.TARGET]
+    columns = ["mean", "shuffled", "carried", "target", "trained", "choice"]
+    lines = ["| " + " | ".join(["base", "T", "recipe", "base alone", "LoRA", *columns, "carry-over"]) + " |"]
+    lines.append("|---" * lines[0].count(" | ") + "|---|")
+    for T, recipe, variant, base in sorted(acc, key=lambda key: (grid.TARGET != key[3], key[3], key[1] != RECIPE, key[:2])):
+        if variant == "carried":
+            low, high = (acc.get((0, "", which, base)) for which in ("base", "lora"))
+            numbers = [low, high, *(acc.get((T, recipe, which, base)) for which in columns)]
+            share = None if None in (low, high) else lift(acc[T, recipe, variant, base], low, high)
+            cells = [base, str(T), recipe or "none", *("-" if x is None else f"{x:.3f}" for x in numbers)]
+            lines.append("| " + " | ".join([*cells, "-" if share is None else f"{100 * share:.0f}%"]) + " |")
     write_whole(out / "results.md", lambda p: p.write_text("\n".join(lines) + "\n"))
     print("\n".join(lines))
 
@@ -258,8 +248,6 @@ def main(argv=None):
         yardsticks(args.out, bases, number)
         for T, recipe in SWEEP:
             carry(args.out, bases, number, T, recipe)
-    for T, recipe in CHOICE:
-        choose(args.out, bases, seeds[0], T, recipe)
     table(args.out)
 
 

@@ -30,7 +30,7 @@ def test_no_held_out_task_is_in_training_and_all_its_parts_are():
 
 @pytest.fixture
 def small(monkeypatch):
-    for name, value in dict(SETTINGS=SMALL, SWEEP=[(4, "noise .1")], CHOICE=[(4, "noise .1")],
+    for name, value in dict(SETTINGS=SMALL, SWEEP=[(4, "noise .1")], CHOICE=4,
                             HELD_OUT=carry_over.HELD_OUT[:2]).items():
         monkeypatch.setattr(carry_over, name, value)
 
@@ -104,7 +104,7 @@ def test_the_table_says_the_share_of_the_lift(tmp_path, capsys):
             row("carried", 0.7), row("carried", 0.8)]                                # .3, .9, .75: 3 of 4 quarters
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     carry_over.table(tmp_path)
-    assert "| 0.750 | - | 0.900 | - | 75% |" in capsys.readouterr().out
+    assert "| 0.300 | 0.900 | - | - | 0.750 | - | - | - | 75% |" in capsys.readouterr().out
 
 
 def test_other_settings_need_another_folder(small, tmp_path, capsys, monkeypatch):

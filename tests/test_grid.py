@@ -32,6 +32,9 @@ def test_the_gold_choice_is_what_the_text_says():
             text = row["prompt"].removeprefix("Words: ").removesuffix("\nAnswer:")
             assert row["choices"][row["gold_idx"]] == " " + read(text, name, kind)
             assert len(set(row["choices"])) == 4 and set(row["choices"]) <= {" " + w for w in re.split("[; ]+", text)}
+            record, = [r.split()[1:] for r in text.split("; ") if r.split()[0] == name]
+            rival, = {choice[1:] for choice in row["choices"]} - set(record)         # what the kind alone does not exclude
+            assert rival in grid.KINDS[kind] and set(record) <= {choice[1:] for choice in row["choices"]}
             assert kind not in text and len(text.split("; ")) == 3 and all(len(r.split()) == 4 for r in text.split("; "))
 
 

@@ -62,9 +62,14 @@ def text_of(records):
 # 2. The tasks, in toy/build.py's form: a row does not name the skill
 
 def task_row(rng, task):
-    records = make_list(rng, task)
-    gold = answer(records, task)
-    choices = rng.sample(sorted(set(words_of(records)) - {gold}), 3) + [gold]
+    """The choices are the record's three words and one of the same kind in another record: who knows the name alone is right
+    a third of the time, who knows the kind alone half of it."""
+    (name, kind), rivals = SKILLS[task], []
+    while not rivals:
+        records = make_list(rng, task)
+        gold = answer(records, task)
+        rivals = sorted({own[kind] for own in records.values() if kind in own} - {gold})
+    choices = [*records[name].values(), rng.choice(rivals)]
     rng.shuffle(choices)
     return {"task": task, "prompt": f"Words: {text_of(records)}\nAnswer:", "choices": [" " + c for c in choices],
             "gold_idx": choices.index(gold)}
