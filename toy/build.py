@@ -163,7 +163,7 @@ def document(rng):
 # ---------------------------------------------------------------------------------------------
 # 5. Two tokenizers, as unlike as those of two model families
 
-def train_tokenizer(kind):
+def train_tokenizer(kind, document=document, sizes=dict(qwen=480, gemma=222)):
     rng = random.Random("tokenizer")
     corpus = ["".join(text for text, _ in document(rng)) for _ in range(4000)] + FILLER * 500
     if kind == "qwen":  # byte-level BPE: no unknown characters, no <bos>, each word here is one token
@@ -171,7 +171,7 @@ def train_tokenizer(kind):
         tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tok.decoder = decoders.ByteLevel()
         tok.train_from_iterator(corpus, trainers.BpeTrainer(
-            vocab_size=480, show_progress=False, special_tokens=["<|endoftext|>"],
+            vocab_size=sizes["qwen"], show_progress=False, special_tokens=["<|endoftext|>"],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
         return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<|endoftext|>", pad_token="<|endoftext|>",
                                        model_max_length=512)
@@ -181,7 +181,7 @@ def train_tokenizer(kind):
                                                  pre_tokenizers.Metaspace(prepend_scheme="never")])
     tok.decoder = decoders.Metaspace(prepend_scheme="never")
     tok.train_from_iterator(corpus, trainers.BpeTrainer(
-        vocab_size=222, show_progress=False, special_tokens=["<pad>", "<eos>", "<bos>", "<unk>"]))
+        vocab_size=sizes["gemma"], show_progress=False, special_tokens=["<pad>", "<eos>", "<bos>", "<unk>"]))
     tok.post_processor = processors.TemplateProcessing(single="<bos> $A", pair="<bos> $A <bos> $B",
                                                        special_tokens=[("<bos>", tok.token_to_id("<bos>"))])
     return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>",
@@ -240,7 +240,7 @@ def encode_document(tok, pieces):
 def encode_piece(tok, text):
     return tok.encode(text, add_special_tokens=False)
 
-def make_batch(tok, rng, size):
+def make_batch(tok, rng, size, document=document):
     rows = [encode_document(tok, document(rng)) for _ in range(size)]
     length = max(len(ids) for ids, _ in rows)
     ids = torch.zeros(size, length, dtype=torch.long)
@@ -249,11 +249,11 @@ def make_batch(tok, rng, size):
         ids[i, :len(row)], weights[i, :len(row)] = torch.tensor(row), torch.tensor(w)
     return ids, weights
 
-def pretrain(name):
+def pretrain(name, recipe=None, document=document, vocabulary={}):
     """All rounds of a base. Each begins at a high rate and where the one before left off on disk: toy-qwen-l had learned
     all but the before_ and after_ skills when its first rate ran out."""
-    kind, build, sizes, rounds = BASES[name]
-    folder, tok = HERE / name, train_tokenizer(kind)
+    kind, build, sizes, rounds = recipe or BASES[name]
+    folder, tok = HERE / name, train_tokenizer(kind, document, **vocabulary)
     tok.save_pretrained(folder)
     torch.manual_seed(0)
     model = build(len(tok), **sizes)
@@ -266,18 +266,18 @@ def pretrain(name):
     for number, (steps, lr) in enumerate(rounds):
         if number:
             model = load(name)[1].train()
-        pretrain_round(name, model, tok, random.Random(f"pretrain {name}" + f" {number}" * (number > 0)), steps, lr)
+        pretrain_round(name, model, tok, random.Random(f"pretrain {name}" + f" {number}" * (number > 0)), steps, lr, document)
         model.to(torch.bfloat16).save_pretrained(folder)  # what is measured below is what is on disk: rounded
     assert (folder / "model.safetensors").stat().st_size < 1_000_000
 
-def pretrain_round(name, model, tok, rng, steps, lr):
+def pretrain_round(name, model, tok, rng, steps, lr, document=document):
     opt = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     warmup = 50
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda i: min((i + 1) / warmup, 0.5 + 0.5 * math.cos(
         math.pi * min(1, max(0, i - warmup) / (steps - warmup)))))
     start = time.time()
     for step in range(steps):
-        ids, weights = make_batch(tok, rng, 16)
+        ids, weights = make_batch(tok, rng, 16, document)
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]                     # (B, T-1, V)
         loss = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")      # (B, T-1)
         w = weights[:, 1:]

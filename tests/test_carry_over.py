@@ -1,0 +1,114 @@
+"""carry_over.py on a small scale: what is held out, what is frozen, what a killed command does not do again."""
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import carry_over, cli
+from bases import load_base
+from toy import grid
+
+SMALL = dict(train=dict(n=8, epochs=1, batch_size=4, lr=1e-3), port=dict(n=8, epochs=1, batch_size=4, lr=1e-3),
+             add=dict(n=8, epochs=1, batch_size=4, lr=1e-2), lora=dict(n=8, epochs=1, batch_size=4, lr=1e-3),
+             sizes=dict(d_z=8, hidden=16, d_c=12, gain=1.0), eval_rows=5)
+
+
+def test_no_held_out_task_is_in_training_and_all_its_parts_are():
+    held = [grid.SKILLS[task] for task in carry_over.HELD_OUT]
+    rest = [grid.SKILLS[task] for task in carry_over.REST]
+    assert len(set(held)) == 16 and len(set(rest)) == 80 and not set(held) & set(rest)
+    for name, kind in held:
+        assert sum(n == name for n, _ in rest) >= 6 and sum(k == kind for _, k in rest) >= 10
+    for seed in (0, 1):
+        samples = [carry_over.tasks_of(T, seed) for T in (8, 32, 80)]
+        assert [len(set(s)) for s in samples] == [8, 32, 80]
+        assert samples[0] == samples[2][:8] and samples[1] == samples[2][:32]
+        assert not set(samples[2]) & set(carry_over.HELD_OUT)
+    assert carry_over.tasks_of(8, 0) != carry_over.tasks_of(8, 1)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    for name, value in dict(SETTINGS=SMALL, SWEEP=[(4, "noise .1")], CHOICE=4,
+                            HELD_OUT=carry_over.HELD_OUT[:2]).items():
+        monkeypatch.setattr(carry_over, name, value)
+
+
+def bases():
+    return [load_base(str(grid.FOLDER / name)) for name in (*grid.SOURCES, grid.TARGET)]
+
+
+def test_nothing_but_the_new_latents_changes(small, tmp_path):
+    portal, _ = carry_over.carrier(tmp_path, bases(), 0, 4, "noise .1")
+    everything = [portal.z, *portal.core.parameters(), *(p for c in portal.converters.values() for p in c.parameters())]
+    before = [p.clone() for p in everything]
+    z = carry_over.add(tmp_path / "new.safetensors", "add", portal, carry_over.HELD_OUT, bases()[:2], 0)
+    assert z.shape == (2, 8) and all(torch.equal(p, b) for p, b in zip(everything, before))
+    assert (z - portal.z.mean(0)).norm(dim=1).min() > 0 and len(portal.z) == 4 and set(portal.converters) == set(grid.BASES)
+
+
+def test_noise_is_for_learning_alone(small, tmp_path):
+    portal, _ = carry_over.carrier(tmp_path, bases()[1:], 0, 4, "")
+    plain, generate = portal.adapters(grid.TARGET).tensors(), carry_over.noisy(portal, 0.1)
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(plain, generate(grid.TARGET).tensors()))
+    portal.z = nn.Parameter(portal.z.detach())
+    other = generate(grid.TARGET).tensors()
+    assert any(not torch.equal(a, b) for a, b in zip(plain, other))
+    sum(a.square().sum() for a in other).backward()
+    assert portal.z.grad.abs().sum() > 0                                             # of the latent, not of a copy
+
+
+def command(*argv):
+    with cli.LOCKS:
+        carry_over.main([*map(str, argv)])
+
+
+def lines(out):
+    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    return sorted(json.dumps({k: v for k, v in row.items() if k != "seconds"}, sort_keys=True) for row in rows)
+
+
+def test_a_killed_experiment_goes_on_and_does_nothing_twice(small, tmp_path, monkeypatch):
+    fits, plain = [], carry_over.fit
+
+    def counted(what, *args, **kwargs):
+        fits.append(what)
+        if len(fits) == killed_at:
+            raise RuntimeError("killed")
+        return plain(what, *args, **kwargs)
+
+    monkeypatch.setattr(carry_over, "fit", counted)
+    killed_at = None
+    command("--out", tmp_path / "whole", "--seeds", "1")
+    undisturbed, fits[:], killed_at = list(fits), [], 5
+    assert len(set(undisturbed)) == 3 + 5                                            # LoRAs; train, port, add three times
+    with pytest.raises(RuntimeError, match="killed"):
+        command("--out", tmp_path / "parts", "--seeds", "1")
+    killed_at = None
+    command("--out", tmp_path / "parts", "--seeds", "1")
+    assert fits == undisturbed[:5] + undisturbed[4:]                                 # the one that was cut once more
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+    rows = [json.loads(line) for line in lines(tmp_path / "whole")]
+    assert len(rows) == 3 * (2 + 2 + 5 * 2 + 16)                                     # a line a base, variant and task
+    assert {row["role"] for row in rows if row["base"] == grid.TARGET} == {"unseen"}
+    command("--out", tmp_path / "parts", "--seeds", "1")              # a third time: nothing left to do
+    assert len(fits) == 9 and lines(tmp_path / "parts") == lines(tmp_path / "whole")
+
+
+def test_the_table_says_the_share_of_the_lift(tmp_path, capsys):
+    def row(variant, acc, T=80, recipe="noise .1"):
+        return dict(seed=0, training_tasks=T, recipe=recipe, variant=variant, base=grid.TARGET, acc_norm=acc)
+    rows = [row("base", 0.2, 0, ""), row("base", 0.4, 0, ""), row("lora", 1.0, 0, ""), row("lora", 0.8, 0, ""),
+            row("carried", 0.7), row("carried", 0.8)]                                # .3, .9, .75: 3 of 4 quarters
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    carry_over.table(tmp_path)
+    assert "| 0.300 | 0.900 | - | - | 0.750 | - | - | - | 75% |" in capsys.readouterr().out
+
+
+def test_other_settings_need_another_folder(small, tmp_path, capsys, monkeypatch):
+    (tmp_path / "settings.json").write_text(json.dumps({**SMALL, "eval_rows": 6}))
+    with pytest.raises(carry_over.BadInput, match="other settings"):
+        command("--out", tmp_path)
+    assert not (tmp_path / "results.jsonl").exists()
