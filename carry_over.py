@@ -15,7 +15,8 @@ latents fitted on the target itself (`target`), given to the wrong tasks (`shuff
 
     carry-over = (acc_carried - acc_base) / (acc_LoRA - acc_base)
 
-Each fit that is finished is a file in <out>/seed<s>/, and each measurement is lines of <out>/results.jsonl.
+Each fit that is finished is a file in <out>/seed<s>/, and each measurement is lines of <out>/results.jsonl, from which
+`python eval.py --table carry --results <out>` draws the table and the plot.
 """
 import contextlib, functools, json, random, time
 
@@ -24,9 +25,9 @@ from torch import nn
 
 from baselines.lora import TaskLoRAs
 from bases import load_base
-from cli import OUT, BadInput, append_jsonl, commas, lock, parse, read_json, run_main, seed, write_json, write_whole
+from cli import OUT, BadInput, append_jsonl, commas, lock, parse, read_json, run_main, seed, write_json
 from data import Row, encode, sample
-from eval import evaluate, lift
+from eval import commit, evaluate, hardware, pack
 from portal import Config, Converter, Portal, load_tensors, save_tensors
 from resume import forget
 from toy import grid
@@ -43,7 +44,7 @@ RECIPES = {"": {}, "noise .1": dict(noise=0.1), "noise .2": dict(noise=0.2), "de
 RECIPE, CHOICE = "noise .1", 32                                                      # see `carry`
 SWEEP = [(T, RECIPE) for T in (80, 64, 32, 16, 8)] + [(80, "")] + [(CHOICE, r) for r in RECIPES if r != RECIPE]
 
-SETTINGS = dict(train=dict(n=160, epochs=5, batch_size=2, lr=1e-3), port=dict(n=160, epochs=6, batch_size=2, lr=1e-3),
+SETTINGS = dict(train=dict(n=160, epochs=5, batch_size=2, lr=1e-3), port=dict(n=160, epochs=6, batch_size=2, lr=3e-3),
                 add=dict(n=200, epochs=5, batch_size=4, lr=5e-3), lora=dict(n=200, epochs=2, batch_size=8, lr=3e-3),
                 sizes=TOY["sizes"], eval_rows=100)
 MAX_TOKENS = 8192
@@ -125,7 +126,7 @@ def carrier(out, bases, seed, T, recipe):
     frozen = [p.requires_grad_(False) for p in (portal.z, *portal.core.parameters())]
     rows = train_rows(portal.cfg.tasks, how["n"], seed)
     torch.manual_seed(seed)
-    portal.converters = {target.name: Converter(portal.cfg, target.layers, target.dims, port=True)}
+    portal.converters = {target.name: Converter(portal.cfg, target.layers, target.dims, like=trained[grid.SOURCES[-1]])}
     learner = portal_learner(portal, rows, how["epochs"], how["batch_size"], how["lr"])
     learn(folder / "port.safetensors", f"{what}: port", [target], noisy(portal, noise), [learner], rows, seed, how,
           frozen=frozen)
@@ -150,16 +151,19 @@ def add(path, what, portal, tasks, bases, seed):
 
 
 # ---------------------------------------------------------------------------------------------- measurements
+CELL = ("method", "variant", "recipe", "training_tasks", "seed")
+
+
 def measured(out):
-    """The lines of results.jsonl, and which cells they are."""
+    """The cells that results.jsonl has."""
     path = out / "results.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return rows, {tuple(row[key] for key in ("seed", "training_tasks", "recipe", "variant", "base")) for row in rows}
+    return {tuple(row[key] for key in (*CELL, "base")) for row in rows}
 
 
 def measure(out, base, adapters, rows, cell):
     """One line a task of `rows` {task: rows}; `adapters`: a function, called if the cell is not there yet."""
-    if tuple(cell[key] for key in ("seed", "training_tasks", "recipe", "variant")) + (base.name,) in measured(out)[1]:
+    if (*(cell[key] for key in CELL), base.name) in measured(out):
         return
     start, tasks = time.time(), list(rows)
     items, _ = encode(base.tokenizer, [row for own in rows.values() for row in own], tasks)
@@ -167,10 +171,11 @@ def measure(out, base, adapters, rows, cell):
         cells = evaluate(base, adapters(), items, MAX_TOKENS)
     seconds = round((time.time() - start) / len(cells), 3)
     append_jsonl(out / "results.jsonl", *(dict(
-        experiment="carry", **cell, base=base.name, role="unseen" if base.name == grid.TARGET else "seen", task=tasks[t],
-        select="best", acc_norm=c["acc_norm"], log_loss=c["log_loss"], rows=c["rows"], seconds=seconds)
+        experiment=cell["variant"] if cell["variant"] in ("trained", "choice") else "carry", **cell, base=base.name,
+        role="unseen" if base.name == grid.TARGET else "seen", task=tasks[t], select="best", acc_norm=c["acc_norm"],
+        log_loss=c["log_loss"], rows=c["rows"], seconds=seconds, correct=pack(c["correct"]))
         for t, c in cells.items()))
-    print(f"{base.name}, {cell['training_tasks']} tasks {cell['recipe']} {cell['variant']}: acc_norm "
+    print(f"{base.name}, {cell['training_tasks']} tasks {cell['recipe']} {cell['variant'] or cell['method']}: acc_norm "
           f"{sum(c['acc_norm'] for c in cells.values()) / len(cells):.3f}", flush=True)
 
 
@@ -178,7 +183,7 @@ def yardsticks(out, bases, seed):
     """The bare bases and the LoRAs of the held-out tasks."""
     how, rows, cell = SETTINGS["lora"], eval_rows(HELD_OUT), dict(recipe="", training_tasks=0, seed=seed)
     for base in bases:
-        measure(out, base, lambda: None, rows, dict(cell, method="base", variant="base", n=0))
+        measure(out, base, lambda: None, rows, dict(cell, method="base", variant="", n=0))
         own = train_rows(HELD_OUT, how["n"], seed)
         torch.manual_seed(seed)
         loras = TaskLoRAs(len(own), base)
@@ -186,7 +191,7 @@ def yardsticks(out, bases, seed):
                             how["epochs"]) for t, (task, (train, _)) in enumerate(own.items())]
         learn(out / f"seed{seed}" / f"lora-{base.name}.safetensors", f"seed {seed}: LoRA {base.name}", [base],
               loras.adapters, learners, own, seed, how, ema=False)
-        measure(out, base, loras.adapters, rows, dict(cell, method="lora", variant="lora", n=how["n"]))
+        measure(out, base, loras.adapters, rows, dict(cell, method="lora", variant="", n=how["n"]))
 
 
 def carry(out, bases, seed, T, recipe):
@@ -201,7 +206,7 @@ def carry(out, bases, seed, T, recipe):
     mean, rows = portal.z.mean(0, keepdim=True).repeat(len(HELD_OUT), 1), eval_rows(HELD_OUT)
     variants = {"trained": (portal.z[:len(trained)], eval_rows(trained), SETTINGS["train"]["n"]),
                 "carried": (carried, rows, n), "target": (target, rows, n),
-                "shuffled": (carried.roll(1, 0), rows, n), "mean": (mean, rows, 0)}
+                "shuffled": (carried.roll(1, 0), rows, n), "mean": (mean, rows, n)}
     if T == CHOICE:
         others = tasks_of(T + 16, seed)[T:]
         z = add(folder / "choice.safetensors", f"{what}: choice", portal, others, bases[:-1], seed)
@@ -213,28 +218,7 @@ def carry(out, bases, seed, T, recipe):
                     method="portal", variant=variant, recipe=recipe, training_tasks=T, seed=seed, n=fitted_on))
 
 
-# ---------------------------------------------------------------------------------------------- the table
-def table(out):
-    """Means over tasks and seeds, drawn from results.jsonl alone."""
-    found = {}
-    for row in measured(out)[0]:
-        key = row["training_tasks"], row["recipe"], row["variant"], row["base"]
-        found.setdefault(key, []).append(row["acc_norm"])
-    acc = {key: sum(values) / len(values) for key, values in found.items()}
-    columns = ["mean", "shuffled", "carried", "target", "trained", "choice"]
-    lines = ["| " + " | ".join(["base", "T", "recipe", "base alone", "LoRA", *columns, "carry-over"]) + " |"]
-    lines.append("|---" * lines[0].count(" | ") + "|---|")
-    for T, recipe, variant, base in sorted(acc, key=lambda key: (grid.TARGET != key[3], key[3], key[1] != RECIPE, key[:2])):
-        if variant == "carried":
-            low, high = (acc.get((0, "", which, base)) for which in ("base", "lora"))
-            numbers = [low, high, *(acc.get((T, recipe, which, base)) for which in columns)]
-            share = None if None in (low, high) else lift(acc[T, recipe, variant, base], low, high)
-            cells = [base, str(T), recipe or "none", *("-" if x is None else f"{x:.3f}" for x in numbers)]
-            lines.append("| " + " | ".join([*cells, "-" if share is None else f"{100 * share:.0f}%"]) + " |")
-    write_whole(out / "results.md", lambda p: p.write_text("\n".join(lines) + "\n"))
-    print("\n".join(lines))
-
-
+# ---------------------------------------------------------------------------------------------- the command
 def main(argv=None):
     args = parse(__doc__, "out seeds", argv, out=dict(default=OUT / "carry"),
                  seeds=dict(type=commas(seed), metavar="N[,N]", help="one sweep each (default: 0,1,2)"))
@@ -248,7 +232,12 @@ def main(argv=None):
         yardsticks(args.out, bases, number)
         for T, recipe in SWEEP:
             carry(args.out, bases, number, T, recipe)
-    table(args.out)
+    write_json(args.out / "about.json", dict(
+        title="Results: a task learned after the port", kind="toy", hardware=hardware(), commit=commit(), seen=grid.SOURCES,
+        within=[], across=[grid.TARGET], n=SETTINGS["add"]["n"], commands={"carry": "python carry_over.py"},
+        note="The world of `toy/grid.py`: 96 skills, 12 names by 8 kinds. 16 of them are learned when the core and the port "
+             "stand, on the two sources alone; the core was trained with T of the others."))
+    print(f"all is done; python eval.py --table carry --results {args.out}")
 
 
 if __name__ == "__main__":

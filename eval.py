@@ -12,12 +12,12 @@
     exact match    = share of open rows whose greedy decoding is the completion; it stands where acc_norm does
     recovered lift = (acc - acc_base) / (acc_LoRA - acc_base)         retention = acc / acc_LoRA
 """
-import contextlib, json, os, pathlib, platform, time
+import contextlib, json, os, pathlib, platform, subprocess, time
 
 import torch
 from tqdm import tqdm
 
-from cli import BadInput, find_run, lock, parse, read_json, run_main, write_whole
+from cli import ROOT, BadInput, find_run, lock, parse, read_json, run_main, write_whole
 from data import collate, encode, load_run_tasks, micro_batches, sample
 from dist import NO_BAR, RANK, shared
 from portal import load_adapters, load_config, load_converter, load_portal, saved_at
@@ -190,6 +190,11 @@ def hardware():
         cpu = platform.processor() or platform.machine()
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{cpu}, {os.cpu_count()} cores{gpu}, torch {torch.__version__}"
+
+
+def commit():
+    found = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return found.stdout.strip() or "not a git checkout"
 
 
 def write_results(run, tasks):

@@ -16,7 +16,7 @@ An experiment is a list of steps, and a step is the commands of this project, on
 same command line may be given until all is there. <out>/results.jsonl and about.json are gathered from the run folders
 after every step: tables.py draws from these two files alone.
 """
-import argparse, collections, contextlib, itertools, json, pathlib, re, shlex, shutil, subprocess
+import argparse, collections, contextlib, itertools, json, pathlib, re, shlex, shutil
 from unittest import mock
 
 import torch
@@ -27,7 +27,7 @@ import eval, port, portal, train
 from bases import pretrained, short_name
 from cli import (LOCKS, OUT, ROOT, TOY_UNSEEN, BadInput, Parser, append_jsonl, commas, new_folder, positive, read_json,
                  run_main, seed, write_json, write_whole)
-from eval import METHODS, hardware
+from eval import METHODS, commit, hardware
 from portal import load_adapters, load_config, load_converter
 
 SWEEP = (8, 16, 32, 64, 125, 250, 500, 1000, 2000)
@@ -314,7 +314,7 @@ class Steps:
                 if row["method"] != "portal":
                     row["variant"] = ""                                              # what was changed concerns PorTAL alone
                 if step["experiment"] == "carry":
-                    row.update(training_tasks=14, recipe="16 skills")
+                    row.update(training_tasks=14, recipe="16 skills", variant="carried" if row["method"] == "portal" else "")
                 if row["method"] == "lora_iso":
                     row.update(method="lora", variant="iso")
                 lines.setdefault(json.dumps({**row, "select": "", "seconds": 0}), json.dumps(row))
@@ -361,11 +361,6 @@ def slug(variant):
 def kind_of(spec):
     """The architecture of a base, as its config.json names it."""
     return pretrained(AutoConfig, spec).model_type
-
-
-def commit():
-    found = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return found.stdout.strip() or "not a git checkout"
 
 
 # What was tried for each method on the toy before its settings were fixed (train.TOY), always on rows held out of train.

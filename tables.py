@@ -402,11 +402,11 @@ def per_task(rows, about, folder, notes):
     return main, details, used
 
 
-CARRIED = {"": "carried z", **{name: name for name in ("z fitted on target", "mean latent", "shuffled")}}  # {variant: name}
+CARRIED = {"carried": "carried z", "target": "z fitted on target", "mean": "mean latent", "shuffled": "shuffled"}
 
 
 def carry(rows, about, folder, notes):
-    rows, main, used, plots = experiment(rows, "carry", "best"), [], [], {"lora": {}, "z fitted on target": {}}
+    rows_of_all, rows, main, used, plots = rows, experiment(rows, "carry", "best"), [], [], {"lora": {}, "z fitted on target": {}}
     for base, recipe, n in dict.fromkeys((r["base"], r["recipe"], r["n"]) for r in of(rows, method="portal")):
         label = ", ".join(filter(None, (base, recipe)))
         main += ["", f"{label}, n = {n}:", "", *header("training tasks", "seeds", "base", "lora", *CARRIED.values(),
@@ -430,7 +430,13 @@ def carry(rows, about, folder, notes):
                     y, low, high = (100 * v for v in (value * 3 if len(value) == 1 else value))
                     plots[whole].setdefault(label, []).append((T, y, low, high))
     if not used:
-        raise BadInput("no rows of experiment 'carry' with method 'portal', variant '' and training_tasks")
+        raise BadInput("no rows of experiment 'carry' with method 'portal', variant 'carried' and training_tasks")
+    others = {}
+    for row in of(rows_of_all, experiment="choice", role="unseen"):
+        others.setdefault(row["recipe"] or "none", []).append(row["acc_norm"])
+    if others:
+        notes.append("The recipe was chosen by other tasks, on training rows that no latent was fitted on; their acc_norm on "
+                     "the target: " + ", ".join(f"{recipe} {fmean(accs):.3f}" for recipe, accs in others.items()) + ".")
     ticks = sorted({row["training_tasks"] for row in used} - {0})
     with drawing(folder / "table-carry.png", 11, columns=2) as both:
         for axes, (whole, lines) in zip(both, plots.items()):

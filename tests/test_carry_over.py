@@ -97,16 +97,6 @@ def test_a_killed_experiment_goes_on_and_does_nothing_twice(small, tmp_path, mon
     assert len(fits) == 9 and lines(tmp_path / "parts") == lines(tmp_path / "whole")
 
 
-def test_the_table_says_the_share_of_the_lift(tmp_path, capsys):
-    def row(variant, acc, T=80, recipe="noise .1"):
-        return dict(seed=0, training_tasks=T, recipe=recipe, variant=variant, base=grid.TARGET, acc_norm=acc)
-    rows = [row("base", 0.2, 0, ""), row("base", 0.4, 0, ""), row("lora", 1.0, 0, ""), row("lora", 0.8, 0, ""),
-            row("carried", 0.7), row("carried", 0.8)]                                # .3, .9, .75: 3 of 4 quarters
-    (tmp_path / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    carry_over.table(tmp_path)
-    assert "| 0.300 | 0.900 | - | - | 0.750 | - | - | - | 75% |" in capsys.readouterr().out
-
-
 def test_other_settings_need_another_folder(small, tmp_path, capsys, monkeypatch):
     (tmp_path / "settings.json").write_text(json.dumps({**SMALL, "eval_rows": 6}))
     with pytest.raises(carry_over.BadInput, match="other settings"):

@@ -249,12 +249,15 @@ def test_tasks(tmp_path):
 
 
 def test_carry(tmp_path, drawings):
-    levels = {"": 0.2, "z fitted on target": 0.6, "mean latent": 0.25, "shuffled": 0.15}
-    rows = [row("portal", "far", "one", seed, share_right(p + gain * (v == ""), 100), 50, experiment="carry", variant=v,
+    levels = {"carried": 0.2, "target": 0.6, "mean": 0.25, "shuffled": 0.15}
+    rows = [row("portal", "far", "one", seed, share_right(p + gain * (v == "carried"), 100), 50, experiment="carry", variant=v,
                 training_tasks=T, recipe="wide")
             for T, gain in ((2, 0.1), (8, 0.3)) for v, p in levels.items() for seed in (0, 1)]
     rows += [row(m, "far", "one", 0, share_right(p, 100), 50, experiment="carry") for m, p in (("base", 0.2), ("lora", 0.8))]
+    rows += [row("portal", "far", "two", 0, share_right(p), experiment="choice", variant="choice", recipe=recipe)
+             for recipe, p in (("", 0.5), ("wide", 0.6))]
     text = made("carry", save(tmp_path, rows))
+    assert "their acc_norm on the target: none 0.500, wide 0.600." in text
     assert "far, wide, n = 50:" in text
     found = cells(text, "8")
     assert found[:8] == ["8", "2", "0.200", "0.800", "0.500 ± 0.000", "0.600 ± 0.000", "0.250 ± 0.000", "0.150 ± 0.000"]
