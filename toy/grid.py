@@ -62,8 +62,8 @@ def text_of(records):
 # 2. The tasks, in toy/build.py's form: a row does not name the skill
 
 def task_row(rng, task):
-    """The choices are the record's three words and one of the same kind in another record: who knows the name alone is right
-    a third of the time, who knows the kind alone half of it."""
+    """The choices are the record's three words and one of the same kind in another record: who knows the name alone is
+    right a third of the time, who knows the kind alone half of it."""
     (name, kind), rivals = SKILLS[task], []
     while not rivals:
         records = make_list(rng, task)
