@@ -261,7 +261,7 @@ def curves(points, key):
 
 
 def sweep(rows, about, folder, notes):
-    rows, main, used, lora = of(experiment(rows, "sweep", "final"), role="unseen"), [], [], ("lora", "")
+    rows, main, used, lora = of(experiment(rows, "sweep", "best"), role="unseen"), [], [], ("lora", "")
     rows = [row for row in rows if row["n"]]                                         # without the bare base
     for base in dict.fromkeys(row["base"] for row in rows):
         own = of(rows, base=base)

@@ -182,11 +182,11 @@ def test_reached():
 def test_sweep(tmp_path, drawings):
     accs = {("lora", ""): {10: (0.2, 0.3), 100: (0.5, 0.7), 1000: (0.8, 0.8)}, ("lora", "iso"): {10: (0.2, 0.2), 100: (0.3, 0.3)},
             ("portal", ""): {10: (0.79, 0.80), 100: (0.9, 0.9)}, ("portal", "all modules"): {10: (0.5, 0.5), 100: (0.8, 0.8)}}
-    rows = [row(m, "far", "one", seed, share_right(acc, 100), n, experiment="sweep", variant=v, select="final",
+    rows = [row(m, "far", "one", seed, share_right(acc, 100), n, experiment="sweep", variant=v, select="best",
                 log_loss=n / 100 + (m == "lora"))
             for (m, v), by_n in accs.items() for n, pair in by_n.items() for seed, acc in enumerate(pair)]
     rows += [row("base", "far", "one", 0, share_right(0.2, 100), experiment="sweep"),
-             row("portal", "far", "one", 0, share_right(1.0, 100), 10, experiment="sweep")]  # the selected epoch: not shown
+             row("portal", "far", "one", 0, share_right(1.0, 100), 10, experiment="sweep", select="final")]  # not shown
     costs = {"portal 10": {"tokens": 5_000, "flops": 2e9}, "lora 1000": {"tokens": 2_000_000}, "portal all modules 100": {}}
     about = {**ABOUT, "costs": {"far": costs}, "parameters": {"far": {"portal": 123, "portal all modules": 456}}}
     text = made("6.4", save(tmp_path, rows, about))
