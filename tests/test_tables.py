@@ -198,7 +198,7 @@ def test_sweep(tmp_path, drawings):
     assert cells(reach, "portal") == ["portal", "123", "100", "10 (100x)", "5,000 (400x)", "2e+09", "2 of 2 n"]
     assert cells(reach, "portal all modules")[1:] == ["456", "100", "100 (10x)", "not measured", "not measured", "2 of 2 n"]
     assert cells(reach, "lora")[1:] == ["not measured", "1000", "1000", "2,000,000", "not measured", "-"]
-    assert cells(reach, "lora iso")[2:] == ["not reached"] * 4 + ["0 of 2 n"] and "; last epoch;" in text
+    assert cells(reach, "lora iso")[2:] == ["not reached"] * 4 + ["0 of 2 n"] and "; selected epoch;" in text
     axes, = [figure.axes for figure in drawings]
     for side, ys in zip(axes, ((0.795, 0.8, 0.8), (0.1, 1, 11))):
         stars = [tuple(line.get_xydata()[0]) for line in side.lines if line.get_marker() == "*"]
