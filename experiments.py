@@ -30,7 +30,7 @@ from cli import (LOCKS, OUT, ROOT, TOY_UNSEEN, BadInput, Parser, append_jsonl, c
 from eval import METHODS, commit, hardware
 from portal import load_adapters, load_config, load_converter
 
-SWEEP = (8, 16, 32, 64, 125, 250, 500, 1000, 2000)
+SWEEP = (8, 16, 32, 64, 125, 250, 500, 1000)                                             # all that a task of the toy has
 ASIDE = ("fourth", "after_animal")                                                   # of the toy's skills
 QUARTER = 250                                                                        # rows a task of an ablation
 
@@ -171,6 +171,12 @@ def generator_flops(cfg, layers, own):
     return len(cfg.tasks) * layers * (4 * core + 6 * aligner)
 
 
+def last_fit(log, what):
+    """The epochs of the last fit of this name; the log keeps those that it replaced (--overwrite), too."""
+    lines = [line for line in log if line["what"] == what]
+    return lines[max((k for k, line in enumerate(lines) if line["epoch"] == 1), default=0):]
+
+
 def count(run, variant, parameters, costs):
     """Trained parameters of every fit on an unseen base of a run, and its tokens and FLOPs, from the files it left."""
     cfg = load_config(run)[1]
@@ -180,7 +186,7 @@ def count(run, variant, parameters, costs):
         fits = {"portal": f"port {tag}", "lora": f"lora {tag}", "lora iso": f"lora_iso {tag}"}
         whole = run / "baselines" / "lora" / f"{tag}.safetensors"
         for method, what in fits.items() if p["ported"] else ():
-            lines = [line for line in log if line["what"] == what]
+            lines = last_fit(log, what)
             label = f"{method} {variant}".strip() if method == "portal" else method
             if method == "portal":
                 made = load_converter(cfg, path.with_suffix(".safetensors"))

@@ -148,6 +148,13 @@ def test_flops_of_the_generator_equal_torchs_count():
     assert counter.get_total_flops() - film == pytest.approx(counted, rel=1e-6)
 
 
+def test_the_last_of_several_fits():
+    log = [dict(what=what, epoch=epoch, n=n) for n, (what, epoch) in enumerate(
+        [("port a", 1), ("port a", 2), ("port a", 1), ("port b", 1), ("port a", 2), ("port a", 3)])]
+    assert [[line["n"] for line in experiments.last_fit(log, what)] for what in ("port a", "port b", "port c")] == [
+        [2, 4, 5], [3], []]
+
+
 @pytest.mark.parametrize("argv, words", [
     (["mian"], ["mian", "accepted", "sweep"]), (["ablation", "--bases", "x"], ["--bases", "main"]),
     (["--seeds", "a"], ["'a'", "whole number"]), (["--sweep", "0"], ["'0'", "above 0"])])
