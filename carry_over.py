@@ -227,16 +227,16 @@ def main(argv=None):
     if (args.out / "settings.json").exists() and read_json(args.out / "settings.json") != SETTINGS:
         raise BadInput(f"{args.out} holds measurements under other settings; --out DIR names another folder")
     write_json(args.out / "settings.json", SETTINGS)
+    write_json(args.out / "about.json", dict(
+        title="Results: a task learned after the port", kind="toy", hardware=hardware(), commit=commit(), seen=grid.SOURCES,
+        within=[], across=[grid.TARGET], commands={"carry": "python carry_over.py"},
+        note="The world of `toy/grid.py`: 96 skills, 12 names by 8 kinds. 16 of them are learned when the core and the port "
+             "stand, on the two sources alone; the core was trained with T of the others."))
     bases = [load_base(str(grid.FOLDER / name)) for name in (*grid.SOURCES, grid.TARGET)]
     for number in seeds:
         yardsticks(args.out, bases, number)
         for T, recipe in SWEEP:
             carry(args.out, bases, number, T, recipe)
-    write_json(args.out / "about.json", dict(
-        title="Results: a task learned after the port", kind="toy", hardware=hardware(), commit=commit(), seen=grid.SOURCES,
-        within=[], across=[grid.TARGET], n=SETTINGS["add"]["n"], commands={"carry": "python carry_over.py"},
-        note="The world of `toy/grid.py`: 96 skills, 12 names by 8 kinds. 16 of them are learned when the core and the port "
-             "stand, on the two sources alone; the core was trained with T of the others."))
     print(f"all is done; python eval.py --table carry --results {args.out}")
 
 

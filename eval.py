@@ -371,7 +371,9 @@ def main(argv=None):
             return print(f"{what}: fitted before with {before['settings']}; --overwrite fits it again")
         base, default, train_rows = base_of(tag), preset([p["base"]]), train_rows_of(tag)
         if method == "hypernet":                                                     # with the settings of source training
-            hypernet.fit_hypernet(run, tag, base, train_rows, p, default, cfg)
+            own = {key: saved.get(key, default[key]) for key in ("epochs", "batch_size", "lr", "least")}
+            hypernet.fit_hypernet(run, tag, base, train_rows, p,
+                                  {**own, "max_tokens": args.max_tokens or default["max_tokens"]}, cfg)
         else:
             sizes = lora.iso_sizes(cfg, base, len(train_rows)) if method == "lora_iso" else {}
             lora.fit_lora(run, tag, base, train_rows, p, chosen(args, default["lora"]), method, **sizes)

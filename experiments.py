@@ -16,7 +16,7 @@ An experiment is a list of steps, and a step is the commands of this project, on
 same command line may be given until all is there. <out>/results.jsonl and about.json are gathered from the run folders
 after every step: tables.py draws from these two files alone.
 """
-import argparse, collections, contextlib, itertools, json, pathlib, re, shlex, shutil
+import argparse, collections, contextlib, copy, json, pathlib, re, shlex, shutil
 from unittest import mock
 
 import torch
@@ -25,8 +25,8 @@ from transformers import AutoConfig
 
 import eval, port, portal, train
 from bases import pretrained, short_name
-from cli import (LOCKS, OUT, ROOT, TOY_UNSEEN, BadInput, Parser, append_jsonl, commas, new_folder, positive, read_json,
-                 run_main, seed, write_json, write_whole)
+from cli import (LOCKS, OUT, ROOT, TOY_SEEN, TOY_UNSEEN, BadInput, Parser, append_jsonl, commas, lock, new_folder, positive,
+                 read_json, run_main, seed, write_json, write_whole)
 from eval import METHODS, commit, hardware
 from portal import load_adapters, load_config, load_converter
 
@@ -65,12 +65,13 @@ def lr_of_e(lr, learner=train.portal_learner):
         rounds = learner(portal, rows, epochs, batch_size, rate, least).rounds
         converter, = portal.converters.values()
         aligner = [p for name, p in converter.named_parameters() if name != "e"]
-        return train.Learner([{"params": aligner, "lr": rate}, {"params": [converter.e], "lr": lr}], list(rows), rounds, epochs)
+        groups = [{"params": aligner, "lr": rate}, {"params": [converter.e], "lr": lr}]
+        return train.Learner(groups, list(rows), rounds, epochs)
     return mock.patch.object(port, "portal_learner", replaced)
 
 
 def equal_tasks(gradients_of=train.task_gradients):
-    """Every task's gradient on its own adapters rescaled to the tasks' mean norm (EMA weighs by the loss instead)."""
+    """Every task's gradient on its own adapters rescaled to the tasks' mean norm. With `no_ema`, whose weights come after."""
     def replaced(*args):
         losses, gradients = gradients_of(*args)
         norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0).clamp(min=1e-12)  # [T]
@@ -110,7 +111,7 @@ COMPETITION = {
     "": ([], []),
     "trunk as printed": (AS_PRINTED, []),
     "trunk as printed, the worst task alone": (AS_PRINTED, []),
-    "trunk as printed, task gradients at equal norm": (AS_PRINTED, [equal_tasks]),
+    "trunk as printed, task gradients at equal norm": (AS_PRINTED, [equal_tasks, no_ema]),
     "trunk as printed, rank 16": ([*AS_PRINTED, "--rank", "16"], []),
     "trunk as printed, d_z 256, hidden 512": (AS_PRINTED, [lambda: sizes(d_z=256, hidden=512)]),
     "trunk as printed, three times the epochs": ([*AS_PRINTED, "--epochs", "12"], []),
@@ -122,15 +123,14 @@ def watched(path, every=25):
     """train.one_round that also appends, every so many rounds, what the tasks do to each other to `path`: of each task's
     gradient on the core, as the optimiser will add it to the others', its norm and its cosine with the sum of the others'.
     """
-    rounds, one_round = itertools.count(), train.one_round
+    one_round = train.one_round
     def replaced(bases, generate, learners, items, max_tokens, running=None, z=None):
         core = [p for p in generate.__self__.core.parameters() if p.requires_grad]   # none in a port
-        if core and (number := next(rounds)) % every == 0:
+        if core and (number := learners[0].schedule.last_epoch) % every == 0:        # resumed with the fit
             for base in bases:
                 adapters = generate(base.name)
                 losses, gradients = train.task_gradients(base, adapters, items[base.name], max_tokens)
-                mean = running[base.name].mean
-                weights = 1 / (losses if mean is None else mean).clamp(min=1e-3)
+                weights = copy.copy(running[base.name]).weights(losses)              # the round itself takes them in below
                 own = []
                 for t, weight in enumerate(weights):
                     alone = [weight * F.one_hot(torch.tensor(t), len(g)).view(-1, 1, 1, 1) * g for g in gradients]
@@ -184,7 +184,6 @@ def count(run, variant, parameters, costs):
     for path in (run / "converters").glob("*.json"):
         p, tag = read_json(path), path.stem
         fits = {"portal": f"port {tag}", "lora": f"lora {tag}", "lora iso": f"lora_iso {tag}"}
-        whole = run / "baselines" / "lora" / f"{tag}.safetensors"
         for method, what in fits.items() if p["ported"] else ():
             lines = last_fit(log, what)
             label = f"{method} {variant}".strip() if method == "portal" else method
@@ -199,10 +198,12 @@ def count(run, variant, parameters, costs):
                 adapters = load_adapters(saved)
                 own, number, generator = dims_of(adapters), sum(t.numel() for t in adapters.tensors()), 0
             parameters.setdefault(p["base"], {})[label] = number
-            if lines and whole.exists():
+            every = run / "baselines" / "lora" / f"{tag}.safetensors"                # all seven modules, for their sizes
+            every = own if len(own) == 7 else dims_of(load_adapters(every)) if every.exists() else None
+            if lines and every:
                 tokens, rounds = (sum(line[key] for line in lines) for key in ("tokens", "rounds"))
                 costs.setdefault(p["base"], {})[f"{label} {p['n']}"] = dict(
-                    tokens=tokens, rounds=rounds, flops=flops(tokens, rounds, dims_of(load_adapters(whole)), own, generator))
+                    tokens=tokens, rounds=rounds, flops=flops(tokens, rounds, every, own, generator))
 
 
 # ---------------------------------------------------------------------------------------------- steps
@@ -214,6 +215,11 @@ class Steps:
         self.data, self.targets = ["--data", str(chosen.data)] if chosen.data else [], chosen.to or TOY_UNSEEN
         self.path = self.out / "steps.json"                                          # {run: {experiment, variant, commands}}
         self.done = read_json(self.path) if self.path.exists() else {}
+        text = lambda value: ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value or "")
+        self.given = {key: text(getattr(chosen, key)) for key in ("bases", "to", "data", "sweep", "train", "port", "eval")}
+        if (flags := self.out / "flags.json").exists() and read_json(flags) != self.given:
+            raise BadInput(f"{self.out} holds experiments under other flags, see {flags}; --out DIR names another one")
+        write_json(flags, self.given)
 
     def run(self, name):
         return self.out / "runs" / name
@@ -288,7 +294,9 @@ class Steps:
                 self.fork(f"ablation-shipped-seed{seed}", name)
                 commands[0][1].extend(flags)
                 commands[1][1].extend(["--bases", "toy-gemma"])
-            self.do("ablation", variant, name, commands if port_alone else [self.source(seed, *few, *flags), *commands], patches)
+            else:
+                commands.insert(0, self.source(seed, *few, *flags))
+            self.do("ablation", variant, name, commands, patches)
 
     def competition(self, seed):
         """On the toy: what leaves a task under-fit, and what mends it. The worst task is looked up where all are trained."""
@@ -326,19 +334,19 @@ class Steps:
                 lines.setdefault(json.dumps({**row, "select": "", "seconds": 0}), json.dumps(row))
             if step["experiment"] in ("main", "sweep") and (run / "portal.json").exists():
                 count(run, step["variant"], parameters, costs)
-        write_whole(self.out / "results.jsonl", lambda path: path.write_text("".join(line + "\n" for line in lines.values())))
-        saved = next((read_json(path) for path in sorted(self.out.glob("runs/seed*/portal.json"))), None)
-        if saved is None:
-            return
-        seen = [b["base"] for b in saved["bases"]]
-        kinds = {short_name(spec): kind_of(spec) for spec in (*(b["id"] for b in saved["bases"]), *self.targets)}
+        text = "".join(line + "\n" for line in lines.values())
+        write_whole(self.out / "results.jsonl", lambda path: path.write_text(text))
+        sources = self.chosen.bases or TOY_SEEN
+        seen = [short_name(spec) for spec in sources]
+        kinds = {short_name(spec): kind_of(spec) for spec in (*sources, *self.targets)}
         within = [name for name, kind in kinds.items() if name not in seen and kind in {kinds[s] for s in seen}]
-        commands = {table: f"python experiments.py {name}" for table, name in MADE_BY.items()}
+        given = "".join(f" --{key} {shlex.quote(value)}" for key, value in self.given.items() if key != "sweep" and value)
+        commands = {table: f"python experiments.py {name}{given}" for table, name in MADE_BY.items()}
         write_json(self.out / "about.json", dict(
             title="Results: the toy" if self.toy else f"Results: {' + '.join(seen)}", searched=SEARCHED if self.toy else {},
             kind="toy" if self.toy else "real", hardware=hardware(), commit=commit(), seen=seen, within=within,
-            across=[name for name in kinds if name not in (*seen, *within)], n=saved["n"], commands=commands,
-            parameters=parameters, costs=costs, gradients=self.gradients()))
+            across=[name for name in kinds if name not in (*seen, *within)], commands=commands, parameters=parameters,
+            costs=costs, gradients=self.gradients()))
 
     def gradients(self):
         """{variant: {task: its gradient's norm, of the tasks' mean, and its cosine with the others' sum}}, means over what
@@ -348,7 +356,8 @@ class Steps:
             path = self.out / "runs" / f"{name}.gradients.jsonl"
             if not path.exists() or not (self.run(name) / "portal.json").exists():
                 continue
-            records = [json.loads(line) for line in path.read_text().splitlines()]
+            records = map(json.loads, path.read_text().splitlines())
+            records = {(r["round"], r["base"]): r for r in records}.values()         # after a kill some come twice
             last = [r for r in records if r["round"] > max(r["round"] for r in records) / 2]
             norms, cosines = (torch.tensor([r[key] for r in last]) for key in ("norms", "cosines"))  # [records, T]
             norms = norms / norms.mean(1, keepdim=True)
@@ -371,9 +380,11 @@ def kind_of(spec):
 
 # What was tried for each method on the toy before its settings were fixed (train.TOY), always on rows held out of train.
 SEARCHED = {
-    "portal": "ports to toy-gemma, seeds 0 and 2, n = 32, 125, 250 and 1,000: e at random or by depth, lr 1e-3, 3e-3 and 1e-2, e's "
-              "own lr 3e-2, P_out zero or small random, 56 to 904 rounds; source training and sizes: n = 1,000, norm and gain.",
-    "lora": "toy-gemma, seeds 0 and 2: lr 1e-3 and 3e-3 and 56 to 224 rounds at n = 32; 112 to 336 at n = 125; 112 at n = 250.",
+    "portal": "ports to toy-gemma, seeds 0 and 2, n = 32, 125, 250 and 1,000: e at random or by depth, lr 1e-3, 3e-3 and 1e-2, "
+              "e's own lr 3e-2, P_out zero or small random, 56 to 904 rounds; source training: n = 1,000, norm and gain.",
+    "lora": "toy-gemma, seeds 0 and 2: lr 1e-3 and 3e-3 and 56 to 224 rounds at n = 32; 112 to 336 rounds at n = 125; 112 at "
+            "n = 250.",
+    "lora iso": "nothing of its own; it has the LoRA's settings.",
     "hypernet": "nothing of its own; it has the settings of source training, 452 rounds at n = 1,000 where a port has 678.",
     **dict.fromkeys(("cross_lora", "copy", "random"), "a factor of .5, 1, 2 or 4 on the delta, for every base and seed.")}
 EXPERIMENTS = ("main", "sweep", "aside", "ablation", "competition")
@@ -398,10 +409,15 @@ def main(argv=None):
             raise BadInput(f"unknown experiment {name!r}; accepted are {', '.join(EXPERIMENTS)}")
     if args.bases and not {"main", "sweep"} >= set(args.experiments or EXPERIMENTS):
         raise BadInput("--bases: name main, sweep or both; the other experiments are the toy's")
-    steps = Steps(args)
-    for number in args.seeds:
-        for name in args.experiments or EXPERIMENTS:
-            getattr(steps, name)(number)
+    if args.bases and not args.to:
+        raise BadInput("--to is needed with --bases: the bases to port to")
+    lock(args.out)
+    with LOCKS.pop_all():                                                            # each step has locks of its own
+        steps = Steps(args)
+        for number in args.seeds:
+            for name in args.experiments or EXPERIMENTS:
+                getattr(steps, name)(number)
+        steps.gather()
     print(f"\nall is done; python eval.py --table all --results {args.out}")
 
 

@@ -25,7 +25,7 @@ from cli import ROOT, BadInput, first_sentence, read_json, write_whole
 from eval import drawing, unpack
 
 REPLICATES, TOLERANCE = 2000, 0.005
-ABOUT = dict(seen=list, within=list, across=list, n=int, commands=dict, parameters=dict, costs=dict, searched=dict,
+ABOUT = dict(seen=list, within=list, across=list, commands=dict, parameters=dict, costs=dict, searched=dict,
              gradients=dict, hardware=str, commit=str, title=str, note=str)
 ROW = dict(experiment=str, method=str, variant=str, base=str, role=str, task=str, seed=int, n=int, select=str,
            acc_norm=(int, float), log_loss=(int, float), rows=int, training_tasks=int, recipe=str)
@@ -208,7 +208,7 @@ def log_axis(axes, ticks, xlabel, ylabel):
 # Every table: (rows, about, folder, notes) -> its main part, its details, the rows it used. `notes` collects its footnotes.
 def comparison(where, role, names, rows, about, folder, notes):
     rows, used, details = of(experiment(rows, "main", "best"), role=role, variant=""), [], []
-    n = about.get("n", max((row["n"] for row in rows), default=0))
+    n = max((row["n"] for row in rows), default=0)
     main = header("base", "method", "seeds", "acc_norm", "log-loss", "recovered lift", *["retention"] * (role == "unseen"))
     for base in about.get(where, ()):
         methods = {m: by_seed(of(rows, base=base, method=m, n=0 if m == "base" else n)) for m in names}
@@ -309,6 +309,8 @@ def sweep(rows, about, folder, notes):
                              beside("flops", ".3g"), "-" if s == lora else f"{sum(below)} of {len(below)} n"))
     if not used:
         raise BadInput("no rows of experiment 'sweep' with role 'unseen'")
+    searched = about.get("searched", {})
+    notes.extend(f"Searched for {m}: {searched[m]}" for m in ("portal", "lora", "lora iso") if m in searched)
     notes.append(f"Stars: the first n whose mean acc_norm is within {TOLERANCE} of the LoRA's plateau. (2x): the LoRA "
                  "takes twice as much to get there. ± and error bars: sd over seeds.")
     return main[1:], [], used
@@ -362,7 +364,8 @@ def competition(rows, about, folder, notes):
     main, details, used = ablations("competition", rows, about, folder, notes)
     alone = epoch(of(rows, experiment="alone", method="portal"), "best")
     for task, base in dict.fromkeys((row["task"], row["base"]) for row in alone):
-        both = [[row["acc_norm"] for row in part if (row["task"], row["base"]) == (task, base)] for part in
+        seeds = {row["seed"] for row in of(alone, task=task, base=base)}             # in which it was the worst
+        both = [[row["acc_norm"] for row in of(part, task=task, base=base) if row["seed"] in seeds] for part in
                 (alone, of(used, variant="trunk as printed"))]
         main += ["", f"Trunk as printed, {task} on {base}: {spread(both[0])} trained alone, {spread(both[1])} among all."]
     measured = {variant: tasks for variant, tasks in about.get("gradients", {}).items() if len(tasks) > 1}
@@ -374,6 +377,7 @@ def competition(rows, about, folder, notes):
             part.append(line(task, f"{fmean(accs[task]):.3f}" if accs[task] else "-", f"{tasks[task]['norm']:.2f}",
                              f"{tasks[task]['cosine']:+.2f}"))
         (main if variant == "trunk as printed" else details).extend(["", *part])
+    notes.append("The worst task was looked up on these evaluation rows: its figure among all is a little too low.")
     notes.append("Gradients on the core, each task's as the optimiser adds it to the others', every 25th round of source "
                  "training, mean over its second half, bases and seeds.")
     return main, details, used
@@ -381,11 +385,11 @@ def competition(rows, about, folder, notes):
 
 def per_task(rows, about, folder, notes):
     own, used, lifts = of(experiment(rows, "main", "best"), method="portal", variant=""), [], {}
-    own = of(own, n=about.get("n", max((row["n"] for row in own), default=0)))
     bases = list(dict.fromkeys(row["base"] for row in own))
     for base in bases:
-        methods = comparable({"portal": by_seed(of(own, base=base))}, notes, base)
-        found = task_lifts(of(rows, experiment="main"), methods, base, own[0]["n"]) if methods else {}
+        n = max(row["n"] for row in of(own, base=base))
+        methods = comparable({"portal": by_seed(of(own, base=base, n=n))}, notes, base)
+        found = task_lifts(of(rows, experiment="main"), methods, base, n) if methods else {}
         lifts |= {(task, base): value for (task, _), value in found.items()}
         used += rows_of(methods)
     certain = sorted((value[0], f"{task} on {base}: {percent(value)}") for (task, base), value in lifts.items() if value)
@@ -406,8 +410,9 @@ CARRIED = {"carried": "carried z", "target": "z fitted on target", "mean": "mean
 
 
 def carry(rows, about, folder, notes):
-    rows_of_all, rows, main, used, plots = rows, experiment(rows, "carry", "best"), [], [], {"lora": {}, "z fitted on target": {}}
-    for base, recipe, n in dict.fromkeys((r["base"], r["recipe"], r["n"]) for r in of(rows, method="portal")):
+    rows_of_all, rows, main, used = rows, experiment(rows, "carry", "best"), [], []
+    plots, ported = {"lora": {}, "z fitted on target": {}}, of(rows, method="portal", role="unseen")
+    for base, recipe, n in dict.fromkeys((row["base"], row["recipe"], row["n"]) for row in ported):
         label = ", ".join(filter(None, (base, recipe)))
         main += ["", f"{label}, n = {n}:", "", *header("training tasks", "seeds", "base", "lora", *CARRIED.values(),
                                                        *(f"carry-over, of the lift of {whole}" for whole in plots))]

@@ -4,7 +4,7 @@ import pathlib
 import peft, pytest, torch
 from conftest import SIZES, peft_projections, tiny_base, tiny_model
 from test_bases import random_adapters
-from test_cli import command, small, trained  # noqa: F401
+from test_cli import QUICK, command, small, trained  # noqa: F401
 
 import eval as evaluation, port, train
 from baselines.cross_lora import FACTORS, copy, cross_lora, delta_norm, random, subspace, transfer, transfer_all
@@ -162,10 +162,10 @@ def test_the_factor_of_a_transfer_is_the_best_on_held_out_rows(tmp_path):
 
 
 def test_the_joint_hypernet_is_source_training_on_the_target(trained):
-    """Fitted by eval.py for a port of eight rows a task, and by train.py on that base with these rows."""
+    """Fitted by eval.py for a port of eight rows a task, and by train.py on that base, with these rows and the run's flags."""
     assert command(port, "--to", "./base-c", "--n", "8", "--epochs", "1") == 0
     assert command(evaluation, "--bases", "./base-c", "--methods", "hypernet") == 0
-    assert command(train, "--bases", "./base-c", "--data", "data", "--n", "8", "--run", "out/joint") == 0
+    assert command(train, "--bases", "./base-c", *QUICK, "--n", "8", "--run", "out/joint") == 0
     joint = load_portal(pathlib.Path("out/joint"), ["base-c"]).adapters("base-c")
     saved = load_adapters(trained / "baselines" / "hypernet" / "base-c.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(joint.tensors(), saved.tensors(), strict=True)) and joint.scale == saved.scale

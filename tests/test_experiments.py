@@ -38,6 +38,8 @@ def test_a_step_runs_what_is_left_of_it(tmp_path, monkeypatch):
     go(), go()
     name = ["--run", str(tmp_path / "runs" / "a")]
     assert ran == [[*name, part, "--epochs", "1"] for part in ("first", "second", "second")]
+    with pytest.raises(train.BadInput, match="other flags"):                         # which the steps that are done did not have
+        experiments.Steps(flags(tmp_path))
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     rows = [{key: value for key, value in row.items() if key != "select"} for row in rows]  # once, not once an epoch
     assert rows == [dict(experiment="sweep", variant="all", method="portal", task="t"),
@@ -157,6 +159,7 @@ def test_the_last_of_several_fits():
 
 @pytest.mark.parametrize("argv, words", [
     (["mian"], ["mian", "accepted", "sweep"]), (["ablation", "--bases", "x"], ["--bases", "main"]),
+    (["main", "--bases", "x"], ["--to", "--bases"]),
     (["--seeds", "a"], ["'a'", "whole number"]), (["--sweep", "0"], ["'0'", "above 0"])])
 def test_bad_input(argv, words, capsys):
     assert command(experiments, *argv) == 2

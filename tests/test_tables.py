@@ -12,7 +12,7 @@ from eval import pack, unpack
 from tables import MARKERS, TABLES, by_seed, numbers, reached, share
 
 TASKS = {"one": 23, "two": 30, "three": 18}                                          # evaluation rows of each
-ABOUT = dict(seen=["src"], within=["kin"], across=["far"], n=100, hardware="an abacus", commit="abc1234",
+ABOUT = dict(seen=["src"], within=["kin"], across=["far"], hardware="an abacus", commit="abc1234",
              commands={"6.1": "python experiments.py 6.1"}, searched={"lora": "five rates", "unheard": "of"})
 
 
@@ -292,7 +292,7 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     assert "results.jsonl: not readable" in refused(capsys, "--table", "all", "--results", folder)
     save(folder, [])
     assert "no rows for any table" in refused(capsys, "--table", "all", "--results", folder)
-    for bad in ([], {}, {"seen": "src"}, {**ABOUT, "commands": ["x"]}, {**ABOUT, "n": "100"}):
+    for bad in ([], {}, {"seen": "src"}, {**ABOUT, "commands": ["x"]}, {**ABOUT, "hardware": 3}):
         save(folder, good, bad)
         assert "about.json: accepted is an object with seen" in refused(capsys, "--table", "6.1", "--results", folder)
     save(folder, good, {"seen": ["src"]})
