@@ -376,7 +376,7 @@ def main(argv=None):
                                   {**own, "max_tokens": args.max_tokens or default["max_tokens"]}, cfg)
         else:
             sizes = lora.iso_sizes(cfg, base, len(train_rows)) if method == "lora_iso" else {}
-            lora.fit_lora(run, tag, base, train_rows, p, chosen(args, default["lora"]), method, **sizes)
+            lora.fit_lora(run, tag, base, train_rows, p, chosen(args, default.get(method, default["lora"])), method, **sizes)
         journal.add(what)
 
     for tag in [tag for name in wanted for tag, p in provenance.items() if p["base"] == name]:

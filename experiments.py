@@ -382,9 +382,9 @@ def kind_of(spec):
 SEARCHED = {
     "portal": "ports to toy-gemma, seeds 0 and 2, n = 32, 125, 250 and 1,000: e at random or by depth, lr 1e-3, 3e-3 and 1e-2, "
               "e's own lr 3e-2, P_out zero or small random, 56 to 904 rounds; source training: n = 1,000, norm and gain.",
-    "lora": "toy-gemma, seeds 0 and 2: lr 1e-3 and 3e-3 and 56 to 224 rounds at n = 32; 112 to 336 rounds at n = 125; 112 at "
-            "n = 250.",
-    "lora iso": "nothing of its own; it has the LoRA's settings.",
+    "lora": "toy-gemma, seeds 0 and 2: lr 1e-3 and 3e-3 and 56 to 224 rounds at n = 32; 112 to 336 rounds at n = 125; 112 to "
+            "672 at n = 250.",
+    "lora iso": "toy-gemma, seed 2: 224 and 672 rounds at n = 250; else as the LoRA.",
     "hypernet": "nothing of its own; it has the settings of source training, 452 rounds at n = 1,000 where a port has 678.",
     **dict.fromkeys(("cross_lora", "copy", "random"), "a factor of .5, 1, 2 or 4 on the delta, for every base and seed.")}
 EXPERIMENTS = ("main", "sweep", "aside", "ablation", "competition")
