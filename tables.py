@@ -204,6 +204,12 @@ def log_axis(axes, ticks, xlabel, ylabel):
     axes.set_xlabel(xlabel), axes.set_ylabel(ylabel)
 
 
+def searches(about, names):
+    """What was tried for these methods before their settings were fixed."""
+    return [f"- Searched for {m}, on rows held out of train: {about['searched'][m]}" for m in names
+            if m in about.get("searched", {})]
+
+
 # ---------------------------------------------------------------------------------------------- 6.1, 6.2, 6.3
 # Every table: (rows, about, folder, notes) -> its main part, its details, the rows it used. `notes` collects its footnotes.
 def comparison(where, role, names, rows, about, folder, notes):
@@ -235,7 +241,7 @@ def comparison(where, role, names, rows, about, folder, notes):
         raise BadInput(f"no rows of experiment 'main', role {role!r}, n = {n}, for {where} in about.json "
                        f"({', '.join(map(str, about.get(where, ()))) or 'which names none'})")
     notes.append("Macro averages over the tasks, ± sd over seeds. [95% interval]: paired bootstrap over evaluation rows.")
-    notes.extend(f"Searched for {m}: {text}" for m, text in about.get("searched", {}).items() if m in names)
+    details += ["", *searches(about, names)]
     return main, details, used
 
 
@@ -309,11 +315,9 @@ def sweep(rows, about, folder, notes):
                              beside("flops", ".3g"), "-" if s == lora else f"{sum(below)} of {len(below)} n"))
     if not used:
         raise BadInput("no rows of experiment 'sweep' with role 'unseen'")
-    searched = about.get("searched", {})
-    notes.extend(f"Searched for {m}: {searched[m]}" for m in ("portal", "lora", "lora iso") if m in searched)
     notes.append(f"Stars: the first n whose mean acc_norm is within {TOLERANCE} of the LoRA's plateau. (2x): the LoRA "
                  "takes twice as much to get there. ± and error bars: sd over seeds.")
-    return main[1:], [], used
+    return main[1:], ["", *searches(about, ("portal", "lora", "lora iso"))], used
 
 
 # ---------------------------------------------------------------------------------------------- ablations, tasks, carry
@@ -514,7 +518,9 @@ def readme():
     parts = []
     for folder in folders:
         about, where = read(folder)[1], f"results/{folder.name}"
-        parts += [f"## {about.get('title', folder.name)}", "", *([about["note"], ""] if "note" in about else [])]
+        searched = searches(about, about.get("searched", ()))
+        parts += [f"## {about.get('title', folder.name)}", "", *([about["note"], ""] if "note" in about else []),
+                  *([*searched, ""] if searched else [])]
         for name, main in write(TABLES, folder).items():
             parts += [f"### {main}".replace("](table-", f"]({where}/table-"), ""]
             parts += [f"[The whole table]({where}/table-{name}.md)", ""]

@@ -117,7 +117,7 @@ def test_accuracy_sd_lift_and_intervals_equal_plain_loops(tmp_path, monkeypatch)
     for task in TASKS:
         assert cells(text, task)[1:] == [f"{fmean(found[m, s, task]['acc_norm'] for s in seeds[m]):.3f}" for m in methods]
     assert "`command not recorded`; an abacus; commit abc1234; seeds 0, 1, 2; selected epoch; 18 to 30 evaluation rows" in text
-    assert "Searched for lora: five rates" in text and not re.search("unheard|src|kin", text)
+    assert "Searched for lora, on rows held out of train: five rates" in text and not re.search("unheard|src|kin", text)
     sources = made("6.1", tmp_path)
     assert len(cells(sources, "src", "portal")) == 6 and "`python experiments.py 6.1`; an abacus" in sources
     assert "| kin | portal |" in made("6.2", tmp_path)
@@ -323,8 +323,9 @@ def test_the_readme_keeps_the_rest_byte_for_byte(tmp_path, monkeypatch, capsys):
         start, end = (new.index(marker.encode()) for marker in MARKERS)
         assert new[:start] == old[:old.index(MARKERS[0].encode())] and new[end:] == old[old.index(MARKERS[1].encode()):]
     text = new[start:end].decode()
-    real, toy = text.split("\n## toy\n\n### Table 6.1: ")
-    assert "\n## Results: as real as it gets\n\nA note.\n\n### Table 6.1: " in real and "old" not in text
+    searched = "".join(f"- Searched for {m}, on rows held out of train: {text}\n" for m, text in ABOUT["searched"].items())
+    real, toy = text.split(f"\n## toy\n\n{searched}\n### Table 6.1: ")
+    assert f"\n## Results: as real as it gets\n\nA note.\n\n{searched}\n### Table 6.1: " in real and "old" not in text
     for link, part in (("real/table-6.4-far.png", real), ("real/table-6.4.md", real), ("toy/table-tasks.md", toy)):
         assert f"](results/{link})" in part and (tmp_path / "results" / link).exists()
     assert "The worst of 9 lifts" in text and "| task |" not in text and cells(real, "kin", "copy")
