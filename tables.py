@@ -444,8 +444,8 @@ def carry(rows, about, folder, notes):
     for row in of(rows_of_all, experiment="choice", role="unseen"):
         others.setdefault(row["recipe"] or "none", []).append(row["acc_norm"])
     if others:
-        notes.append("The recipe was chosen by other tasks, on training rows that no latent was fitted on; their acc_norm on "
-                     "the target: " + ", ".join(f"{recipe} {fmean(accs):.3f}" for recipe, accs in others.items()) + ".")
+        notes.append("To choose a recipe by: acc_norm on the target of other tasks, on training rows that no latent was fitted "
+                     "on, " + ", ".join(f"{recipe} {fmean(accs):.3f}" for recipe, accs in others.items()) + ".")
     ticks = sorted({row["training_tasks"] for row in used} - {0})
     with drawing(folder / "table-carry.png", 11, columns=2) as both:
         for axes, (whole, lines) in zip(both, plots.items()):

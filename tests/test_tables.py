@@ -257,7 +257,7 @@ def test_carry(tmp_path, drawings):
     rows += [row("portal", "far", "two", 0, share_right(p), experiment="choice", variant="choice", recipe=recipe)
              for recipe, p in (("", 0.5), ("wide", 0.6))]
     text = made("carry", save(tmp_path, rows))
-    assert "their acc_norm on the target: none 0.500, wide 0.600." in text
+    assert "on, none 0.500, wide 0.600." in text
     assert "far, wide, n = 50:" in text
     found = cells(text, "8")
     assert found[:8] == ["8", "2", "0.200", "0.800", "0.500 ± 0.000", "0.600 ± 0.000", "0.250 ± 0.000", "0.150 ± 0.000"]
