@@ -213,7 +213,7 @@ class Steps:
     def __init__(self, chosen):
         self.chosen, self.out, self.toy = chosen, chosen.out, chosen.bases is None
         self.data, self.targets = ["--data", str(chosen.data)] if chosen.data else [], chosen.to or TOY_UNSEEN
-        self.path = self.out / "steps.json"                                          # {run: {experiment, variant, commands}}
+        self.path = self.out / "steps.json"                                          # {run: {experiment, variant, commands, commits}}
         self.done = read_json(self.path) if self.path.exists() else {}
         text = lambda value: ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value or "")
         self.given = {key: text(getattr(chosen, key)) for key in ("bases", "to", "data", "sweep", "train", "port", "eval")}
@@ -226,7 +226,8 @@ class Steps:
 
     def do(self, experiment, variant, name, commands, patches=()):
         """Run `commands`, [(module, flags)], on run folder `name`, as far as they have not been run, and gather the rows."""
-        finished = self.done.setdefault(name, dict(experiment=experiment, variant=variant, commands=[]))["commands"]
+        step = self.done.setdefault(name, dict(experiment=experiment, variant=variant, commands=[], commits=[]))
+        finished = step["commands"]
         for module, flags in commands:
             more = shlex.split(getattr(self.chosen, module.__name__))
             line = " ".join([f"python {module.__name__}.py", *flags, *more])
@@ -239,6 +240,7 @@ class Steps:
                     stack.enter_context(patch())
                 module.main(["--run", str(self.run(name)), *flags, *more])
             finished.append(line)
+            step["commits"].append(commit())
             write_json(self.path, self.done)
             self.gather()
 
@@ -344,7 +346,8 @@ class Steps:
         commands = {table: f"python experiments.py {name}{given}" for table, name in MADE_BY.items()}
         write_json(self.out / "about.json", dict(
             title="Results: the toy" if self.toy else f"Results: {' + '.join(seen)}", searched=SEARCHED if self.toy else {},
-            kind="toy" if self.toy else "real", hardware=hardware(), commit=commit(), seen=seen, within=within,
+            kind="toy" if self.toy else "real", hardware=hardware(), seen=seen,
+            commit=", ".join(dict.fromkeys(made for step in self.done.values() for made in step["commits"])), within=within,
             across=[name for name in kinds if name not in (*seen, *within)], commands=commands, parameters=parameters,
             costs=costs, gradients=self.gradients()))
 
