@@ -25,7 +25,7 @@ from torch import nn
 
 from baselines.lora import TaskLoRAs
 from bases import load_base
-from cli import OUT, BadInput, append_jsonl, commas, lock, parse, read_json, run_main, seed, write_json
+from cli import OUT, append_jsonl, commas, hold_to, lock, parse, run_main, seed, write_json
 from data import Row, encode, sample
 from eval import commit, evaluate, hardware, pack
 from portal import Config, Converter, Portal, load_tensors, save_tensors
@@ -226,9 +226,7 @@ def main(argv=None):
                  seeds=dict(type=commas(seed), metavar="N[,N]", help="one sweep each (default: 0,1,2)"))
     seeds = args.seeds or [0, 1, 2]
     lock(args.out)
-    if (args.out / "settings.json").exists() and read_json(args.out / "settings.json") != SETTINGS:
-        raise BadInput(f"{args.out} holds measurements under other settings; --out DIR names another folder")
-    write_json(args.out / "settings.json", SETTINGS)
+    hold_to(args.out / "settings.json", SETTINGS)
     write_json(args.out / "about.json", dict(
         title="Results: a task learned after the port", kind="toy", hardware=hardware(), commit=commit(), seen=grid.SOURCES,
         within=[], across=[grid.TARGET], commands={"carry": "python carry_over.py"},

@@ -237,6 +237,14 @@ def write_json(path, value):
     write_whole(path, lambda p: p.write_text(json.dumps(value, indent=1) + "\n"))
 
 
+def hold_to(path, value):
+    """What a folder holds was measured under one set of settings: write them to `path`; BadInput if it has others."""
+    if path.exists() and read_json(path) != value:
+        raise BadInput(f"{path.parent} holds measurements under other {path.stem}, see {path.name}; --out DIR names another "
+                       "folder")
+    write_json(path, value)
+
+
 def read_json(path):
     try:
         return json.loads(path.read_text())

@@ -193,6 +193,7 @@ def hardware():
 
 
 def commit():
+    """The checkout that the code was run from, as git names it."""
     found = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
     return found.stdout.strip() or "not a git checkout"
 

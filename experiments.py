@@ -25,12 +25,12 @@ from transformers import AutoConfig
 
 import eval, port, portal, train
 from bases import pretrained, short_name
-from cli import (LOCKS, OUT, ROOT, TOY_SEEN, TOY_UNSEEN, BadInput, Parser, append_jsonl, commas, lock, new_folder, positive,
-                 read_json, run_main, seed, write_json, write_whole)
+from cli import (LOCKS, OUT, ROOT, TOY_SEEN, TOY_UNSEEN, BadInput, Parser, append_jsonl, commas, hold_to, lock, new_folder,
+                 positive, read_json, run_main, seed, write_json, write_whole)
 from eval import METHODS, commit, hardware
-from portal import load_adapters, load_config, load_converter
+from portal import MODULES, load_adapters, load_config, load_converter
 
-SWEEP = (8, 16, 32, 64, 125, 250, 500, 1000)                                             # all that a task of the toy has
+SWEEP = (8, 16, 32, 64, 125, 250, 500, 1000)                                         # all that a task of the toy has
 ASIDE = ("fourth", "after_animal")                                                   # of the toy's skills
 QUARTER = 250                                                                        # rows a task of an ablation
 
@@ -198,12 +198,12 @@ def count(run, variant, parameters, costs):
                 adapters = load_adapters(saved)
                 own, number, generator = dims_of(adapters), sum(t.numel() for t in adapters.tensors()), 0
             parameters.setdefault(p["base"], {})[label] = number
-            every = run / "baselines" / "lora" / f"{tag}.safetensors"                # all seven modules, for their sizes
-            every = own if len(own) == 7 else dims_of(load_adapters(every)) if every.exists() else None
-            if lines and every:
+            lora = run / "baselines" / "lora" / f"{tag}.safetensors"                 # on all modules: says how large they are
+            dims = own if len(own) == len(MODULES) else dims_of(load_adapters(lora)) if lora.exists() else None
+            if lines and dims:
                 tokens, rounds = (sum(line[key] for line in lines) for key in ("tokens", "rounds"))
                 costs.setdefault(p["base"], {})[f"{label} {p['n']}"] = dict(
-                    tokens=tokens, rounds=rounds, flops=flops(tokens, rounds, every, own, generator))
+                    tokens=tokens, rounds=rounds, flops=flops(tokens, rounds, dims, own, generator))
 
 
 # ---------------------------------------------------------------------------------------------- steps
@@ -213,13 +213,11 @@ class Steps:
     def __init__(self, chosen):
         self.chosen, self.out, self.toy = chosen, chosen.out, chosen.bases is None
         self.data, self.targets = ["--data", str(chosen.data)] if chosen.data else [], chosen.to or TOY_UNSEEN
-        self.path = self.out / "steps.json"                                          # {run: {experiment, variant, commands, commits}}
+        self.path = self.out / "steps.json"                                          # {run: its experiment, variant, ...}
         self.done = read_json(self.path) if self.path.exists() else {}
         text = lambda value: ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value or "")
         self.given = {key: text(getattr(chosen, key)) for key in ("bases", "to", "data", "sweep", "train", "port", "eval")}
-        if (flags := self.out / "flags.json").exists() and read_json(flags) != self.given:
-            raise BadInput(f"{self.out} holds experiments under other flags, see {flags}; --out DIR names another one")
-        write_json(flags, self.given)
+        hold_to(self.out / "flags.json", self.given)
 
     def run(self, name):
         return self.out / "runs" / name
@@ -327,10 +325,10 @@ class Steps:
             run = self.run(name)
             for line in (run / "results.jsonl").read_text().splitlines() if (run / "results.jsonl").exists() else ():
                 row = {"experiment": step["experiment"], "variant": step["variant"], **json.loads(line)}
+                if step["experiment"] == "carry":
+                    row.update(training_tasks=14, recipe="16 skills", variant="carried")
                 if row["method"] != "portal":
                     row["variant"] = ""                                              # what was changed concerns PorTAL alone
-                if step["experiment"] == "carry":
-                    row.update(training_tasks=14, recipe="16 skills", variant="carried" if row["method"] == "portal" else "")
                 if row["method"] == "lora_iso":
                     row.update(method="lora", variant="iso")
                 lines.setdefault(json.dumps({**row, "select": "", "seconds": 0}), json.dumps(row))

@@ -414,7 +414,7 @@ CARRIED = {"carried": "carried z", "target": "z fitted on target", "mean": "mean
 
 
 def carry(rows, about, folder, notes):
-    rows_of_all, rows, main, used = rows, experiment(rows, "carry", "best"), [], []
+    every, rows, main, used = rows, experiment(rows, "carry", "best"), [], []
     plots, ported = {"lora": {}, "z fitted on target": {}}, of(rows, method="portal", role="unseen")
     for base, recipe, n in dict.fromkeys((row["base"], row["recipe"], row["n"]) for row in ported):
         label = ", ".join(filter(None, (base, recipe)))
@@ -441,7 +441,7 @@ def carry(rows, about, folder, notes):
     if not used:
         raise BadInput("no rows of experiment 'carry' with method 'portal', variant 'carried' and training_tasks")
     others = {}
-    for row in of(rows_of_all, experiment="choice", role="unseen"):
+    for row in of(every, experiment="choice", role="unseen"):
         others.setdefault(row["recipe"] or "none", []).append(row["acc_norm"])
     if others:
         notes.append("To choose a recipe by: acc_norm on the target of other tasks, on training rows that no latent was fitted "

@@ -99,6 +99,6 @@ def test_a_killed_experiment_goes_on_and_does_nothing_twice(small, tmp_path, mon
 
 def test_other_settings_need_another_folder(small, tmp_path, capsys, monkeypatch):
     (tmp_path / "settings.json").write_text(json.dumps({**SMALL, "eval_rows": 6}))
-    with pytest.raises(carry_over.BadInput, match="other settings"):
+    with pytest.raises(cli.BadInput, match="other settings"):
         command("--out", tmp_path)
     assert not (tmp_path / "results.jsonl").exists()
