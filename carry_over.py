@@ -39,8 +39,10 @@ HELD_OUT = [f"{grid.NAMES[i % 12]}_{list(grid.KINDS)[i % 8]}" for i in range(16)
 REST = [task for task in grid.SKILLS if task not in HELD_OUT]
 
 # `noise`: while the core learns and is ported, each latent is decoded at a random point around it, this far away in every
-# dimension. `decay`: weight decay on the latents. "" is train.py as it is.
-RECIPES = {"": {}, "noise .1": dict(noise=0.1), "noise .2": dict(noise=0.2), "decay 2": dict(decay=2.0)}
+# dimension. `mix`: at a random point of the way to another task's latent, this far at most, as if there were tasks in
+# between. `decay`: weight decay on the latents. "" is train.py as it is.
+RECIPES = {"": {}, "noise .1": dict(noise=0.1), "noise .2": dict(noise=0.2), "decay 2": dict(decay=2.0),
+           "interpolated .3": dict(mix=0.3)}
 # RECIPE was fixed on `choice` (see `carry`), seeds 0 and 1, when ports still began at random layer embeddings: noise .1 at .48
 # on the target, noise .2 .48, decay .42, none .37. The table's last note has what `choice` says now.
 RECIPE, CHOICE = "noise .1", 32
@@ -98,10 +100,13 @@ def latents(portal, z):
         portal.z = before
 
 
-def noisy(portal, noise):
-    """`generate` for a fit. Scoring, where nothing is learned, decodes the latents themselves."""
+def around(portal, noise, mix):
+    """`generate` for a fit, at points around the latents. Scoring, where nothing is learned, decodes the latents themselves."""
     def generate(base):
-        with latents(portal, portal.z + noise * torch.is_grad_enabled() * torch.randn_like(portal.z)):
+        z, T = portal.z, len(portal.z)
+        if mix and torch.is_grad_enabled():
+            z = z.lerp(z[torch.randperm(T)], mix * torch.rand(T, 1))                 # [T, d_z]
+        with latents(portal, z + noise * torch.is_grad_enabled() * torch.randn_like(z)):
             return portal.adapters(base)
     return generate
 
@@ -113,7 +118,7 @@ def named(seed, T, recipe):
 def carrier(out, bases, seed, T, recipe):
     """A core trained with T tasks on the sources, ported to the target -> a Portal that is frozen, and its folder."""
     folder = out / f"seed{seed}" / f"{T}-tasks-{recipe.replace(' ', '') or 'plain'}"
-    noise, decay = (RECIPES[recipe].get(key, 0.0) for key in ("noise", "decay"))
+    noise, mix, decay = (RECIPES[recipe].get(key, 0.0) for key in ("noise", "mix", "decay"))
     (*sources, target), what, how = bases, named(seed, T, recipe), SETTINGS["train"]
     rows = train_rows(tasks_of(T, seed), how["n"], seed)
     torch.manual_seed(seed)
@@ -121,7 +126,7 @@ def carrier(out, bases, seed, T, recipe):
     portal.converters = {base.name: Converter(portal.cfg, base.layers, base.dims) for base in sources}
     learner = portal_learner(portal, rows, how["epochs"], how["batch_size"], how["lr"])
     learner.optimizer.param_groups[1]["weight_decay"] = decay                        # the second group is z
-    learn(folder / "train.safetensors", f"{what}: train", sources, noisy(portal, noise), [learner], rows, seed, how,
+    learn(folder / "train.safetensors", f"{what}: train", sources, around(portal, noise, mix), [learner], rows, seed, how,
           portal.z)
 
     trained, how = portal.converters, SETTINGS["port"]
@@ -130,7 +135,7 @@ def carrier(out, bases, seed, T, recipe):
     torch.manual_seed(seed)
     portal.converters = {target.name: Converter(portal.cfg, target.layers, target.dims, like=trained[grid.SOURCES[-1]])}
     learner = portal_learner(portal, rows, how["epochs"], how["batch_size"], how["lr"])
-    learn(folder / "port.safetensors", f"{what}: port", [target], noisy(portal, noise), [learner], rows, seed, how,
+    learn(folder / "port.safetensors", f"{what}: port", [target], around(portal, noise, mix), [learner], rows, seed, how,
           frozen=frozen)
     portal.converters = {**trained, **portal.converters}
     for converter in portal.converters.values():

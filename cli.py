@@ -127,7 +127,7 @@ FLAGS = {
         "task": dict(metavar="TASK", help="the task, or 'all'"),
         "add-task": dict(type=pathlib.Path, metavar="DIR",
                          help="learn one more task, DIR/{train,eval}.jsonl, with core and converters of the run frozen; "
-                              "--bases: on some of the bases that the core was trained on"),
+                              "--bases: on these of its bases (default: those that the core was trained on)"),
         "n": dict(type=positive(int), metavar="N",
                   help="training rows a task, a seeded random sample (held-out rows are part of it)"),
         "eval-rows": dict(type=positive(int), metavar="N",

@@ -9,7 +9,8 @@
     sweep       section 6.4: the rows a port needs, beside those that a LoRA needs
     ablation    one piece of the method at a time taken away or replaced, on a quarter of the toy's rows and rounds
     competition the write-up's open problem (section 7): what leaves a task under-fit, and what mends it
-    aside       a task learned after the port, on the toy's 14 tasks; in a world of a hundred skills: carry_over.py
+    aside       tasks learned after the port, on the sources alone, and the controls (on the toy: two skills beside its 14;
+                a world of a hundred skills is carry_over.py's)
 
 An experiment is a list of steps, and a step is the commands of this project, one after the other, on run folders under
 <out>/runs. What was finished is not done again, and what was interrupted goes on inside its command (resume.py), so the
@@ -28,10 +29,10 @@ from bases import pretrained, short_name
 from cli import (LOCKS, OUT, ROOT, TOY_SEEN, TOY_UNSEEN, BadInput, Parser, append_jsonl, commas, hold_to, lock, new_folder,
                  positive, read_json, run_main, seed, write_json, write_whole)
 from eval import METHODS, commit, hardware
-from portal import MODULES, load_adapters, load_config, load_converter
+from portal import MODULES, load_adapters, load_config, load_converter, load_tensors, save_tensors
 
 SWEEP = (8, 16, 32, 64, 125, 250, 500, 1000)                                         # all that a task of the toy has
-ASIDE = ("fourth", "after_animal")                                                   # of the toy's skills
+ASIDE = [ROOT / "toy" / "data_aside" / task for task in ("fourth", "after_animal")]   # in no training of the toy
 QUARTER = 250                                                                        # rows a task of an ablation
 
 
@@ -213,10 +214,12 @@ class Steps:
     def __init__(self, chosen):
         self.chosen, self.out, self.toy = chosen, chosen.out, chosen.bases is None
         self.data, self.targets = ["--data", str(chosen.data)] if chosen.data else [], chosen.to or TOY_UNSEEN
+        self.tasks_aside = chosen.aside or ASIDE
         self.path = self.out / "steps.json"                                          # {run: its experiment, variant, ...}
         self.done = read_json(self.path) if self.path.exists() else {}
         text = lambda value: ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value or "")
-        self.given = {key: text(getattr(chosen, key)) for key in ("bases", "to", "data", "sweep", "train", "port", "eval")}
+        self.given = {key: text(getattr(chosen, key)) for key in
+                      ("bases", "to", "data", "aside", "sweep", "train", "port", "eval")}
         hold_to(self.out / "flags.json", self.given)
 
     def run(self, name):
@@ -246,17 +249,21 @@ class Steps:
         bases = ["--bases", ",".join(self.chosen.bases)] if self.chosen.bases and "--bases" not in flags else []
         return (train, ["--seed", str(seed), "--overwrite", *bases, *self.data, *flags])
 
-    def fork(self, source, name, ported=()):
-        """A run with the latents, core and source converters of another one, for ports of its own, or with its ports."""
+    def fork(self, source, name, ported=(), change=None):
+        """A run with the latents, core and source converters of another one, for ports of its own, or with its ports.
+        `change`: a function of its latents [T, d_z] that gives others."""
         run, files = self.run(name), ["portal.json", "core.safetensors", "latents.safetensors"]
         if (run / "portal.json").exists():
             return
-        for base in (*(b["base"] for b in read_json(self.run(source) / "portal.json")["bases"]), *ported):
+        for base in (*(b["base"] for b in read_json(self.run(source) / "portal.json")["bases"]), *map(short_name, ported)):
             files += [f"converters/{base}.{end}" for end in ("json", "safetensors")]
         with new_folder(run) as folder:
             (folder / "converters").mkdir()
             for file in files:
                 shutil.copy(self.run(source) / file, folder / file)
+            if change:
+                z = load_tensors(folder / "latents.safetensors")["z"]
+                save_tensors(folder / "latents.safetensors", {"z": change(z)})
 
     # ------------------------------------------------------------------------------------------ the experiments
     def main(self, seed):
@@ -276,12 +283,29 @@ class Steps:
             self.source(seed, "--modules", "all"), ports, (eval, ["--bases", target, "--methods", "portal"])])
 
     def aside(self, seed):
-        """On the toy: its two skills that are in no training, learned on the sources after the ports were made."""
-        name, port_too = f"aside-seed{seed}", (port, ["--overwrite", "--to", ",".join(self.targets), *self.data])
-        self.do("main", "", f"seed{seed}", [self.source(seed), port_too])
-        self.fork(f"seed{seed}", name, self.targets)
-        learn = [(train, ["--overwrite", "--add-task", str(ROOT / "toy" / "data_aside" / task)]) for task in ASIDE]
-        self.do("carry", "", name, [*learn, (eval, ["--tasks", ",".join(ASIDE), "--methods", "base,lora,portal"])])
+        """Tasks that are in no training, learned on the sources after the ports were made (`carried`). The controls are
+        runs of their own: another task's latents, the mean of those that the core was trained with, and latents that were
+        fitted on the target itself."""
+        source, name, names = f"seed{seed}", f"aside-seed{seed}", ",".join(folder.name for folder in self.tasks_aside)
+        self.do("main", "", source, [
+            self.source(seed), (port, ["--overwrite", "--to", ",".join(self.targets), *self.data])])
+        def learn(*flags):
+            return [(train, ["--overwrite", "--add-task", str(folder), *flags]) for folder in self.tasks_aside]
+        def measure(bases, methods="portal"):
+            return eval, ["--tasks", names, "--methods", methods, *(["--bases", ",".join(bases)] if bases else [])]
+
+        self.fork(source, name, self.targets)
+        self.do("carry", "carried", name, [*learn(), measure((), "base,lora,portal")])
+        new = len(self.tasks_aside)
+        controls = {"shuffled": lambda z: z.roll(1, 0),
+                    "mean": lambda z: torch.cat([z[:-new], z[:-new].mean(0, keepdim=True).expand(new, -1)])}
+        for control, change in controls.items():
+            self.fork(name, f"aside-{control}-seed{seed}", self.targets, change)
+            self.do("carry", control, f"aside-{control}-seed{seed}", [measure(self.targets)])
+        for target in self.targets:
+            own = f"aside-on-{short_name(target)}-seed{seed}"
+            self.fork(source, own, [target])
+            self.do("carry", "target", own, [*learn("--bases", target), measure([target])])
 
     def ablation(self, seed):
         """On the toy: a quarter of its rows and of the rounds of training, a sixth of those of the port, which leaves the
@@ -323,16 +347,18 @@ class Steps:
         lines, parameters, costs = {}, {}, {}
         for name, step in self.done.items():
             run = self.run(name)
+            saved = read_json(run / "portal.json") if (run / "portal.json").exists() else None
+            trained = saved and len(saved["config"]["tasks"]) - len(saved.get("added", {}))
             for line in (run / "results.jsonl").read_text().splitlines() if (run / "results.jsonl").exists() else ():
                 row = {"experiment": step["experiment"], "variant": step["variant"], **json.loads(line)}
                 if step["experiment"] == "carry":
-                    row.update(training_tasks=14, recipe="16 skills", variant="carried")
+                    row.update(training_tasks=trained, recipe="16 skills" if self.toy else "")
                 if row["method"] != "portal":
                     row["variant"] = ""                                              # what was changed concerns PorTAL alone
                 if row["method"] == "lora_iso":
                     row.update(method="lora", variant="iso")
                 lines.setdefault(json.dumps({**row, "select": "", "seconds": 0}), json.dumps(row))
-            if step["experiment"] in ("main", "sweep") and (run / "portal.json").exists():
+            if step["experiment"] in ("main", "sweep") and saved:
                 count(run, step["variant"], parameters, costs)
         text = "".join(line + "\n" for line in lines.values())
         write_whole(self.out / "results.jsonl", lambda path: path.write_text(text))
@@ -400,6 +426,8 @@ def main(argv=None):
     parser.add_argument("--bases", type=commas(), metavar="A,B", help="sources (default: the toy's)")
     parser.add_argument("--to", type=commas(), metavar="A,B", help="targets (default: the toy's)")
     parser.add_argument("--data", type=pathlib.Path, metavar="DIR", help="folder of tasks (default: the toy's)")
+    parser.add_argument("--aside", type=commas(pathlib.Path), metavar="DIR,DIR",
+                        help="folders of the tasks of `aside` (default: the toy's two)")
     parser.add_argument("--sweep", type=commas(positive(int)), default=SWEEP, metavar="N,N", help="rows a task of `sweep`")
     for name in ("train", "port", "eval"):
         parser.add_argument(f"--{name}", default="", metavar="FLAGS", help=f"more flags for {name}.py, in quotes")
@@ -408,8 +436,10 @@ def main(argv=None):
     for name in args.experiments:
         if name not in EXPERIMENTS:
             raise BadInput(f"unknown experiment {name!r}; accepted are {', '.join(EXPERIMENTS)}")
-    if args.bases and not {"main", "sweep"} >= set(args.experiments or EXPERIMENTS):
-        raise BadInput("--bases: name main, sweep or both; the other experiments are the toy's")
+    if args.bases and not {"main", "sweep", "aside"} >= set(args.experiments or EXPERIMENTS):
+        raise BadInput("--bases: name some of main, sweep and aside; the other experiments are the toy's")
+    if args.bases and not args.aside and "aside" in args.experiments:
+        raise BadInput("--aside is needed with --bases: the folders of the tasks to learn after the port")
     if args.bases and not args.to:
         raise BadInput("--to is needed with --bases: the bases to port to")
     lock(args.out)

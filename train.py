@@ -351,8 +351,8 @@ def dry_run(what, bases, generate, learner, rows, seed, settings, z=None):
 
 
 def add_task(args):
-    """Learn one more task on bases that the core knows: a new latent, and nothing else. What decodes it is there already,
-    on every base, ported ones too, which give no data for it.
+    """Learn one more task on bases of the run: a new latent, and nothing else. What decodes it is there already, on every
+    base. Without --bases it is fitted on those that the core was trained on; ported ones then give no data for it.
 
     It starts at the mean of the latents that the core was trained with: the core has seen nothing but these, and their
     mean is a point among them. Nothing is drawn, so the start does not depend on the seed.
@@ -369,14 +369,15 @@ def add_task(args):
         raise BadInput(f"{run}: the core was trained with a task {task!r}; another one needs another name, its folder's")
     if task in added and not (args.overwrite or args.dry_run):
         raise BadInput(f"{run} has learned {task!r} already; --overwrite learns it again")
+    held = seen | {path.stem: read_json(path) for path in sorted((run / "converters").glob("*.json")) if "@" not in path.stem}
     names = list(dict.fromkeys(map(short_name, args.bases or seen)))
-    if not names or not set(names) <= set(seen):
-        raise BadInput(f"--bases: the core of {run} was trained on {', '.join(seen) or 'none'}; a task is added on these")
+    if not names or not set(names) <= set(held):
+        raise BadInput(f"--bases: {run} has converters of {', '.join(held) or 'none'}; a task is added on some of these")
     settings = chosen(args, preset(names))
     seed = (saved["seed"] or 0) if args.seed is None else args.seed
     rows = {task: sample(load_tasks(folder.parent, [task])[task]["train"], settings["n"], seed)}
-    bases = [reload_base(seen[name], args.device, args.dtype, args.recompute, args.device_map,
-                         args.quantize or seen[name].get("quantize")) for name in names]
+    bases = [reload_base(held[name], args.device, args.dtype, args.recompute, args.device_map,
+                         args.quantize or held[name].get("quantize")) for name in names]
 
     portal = load_portal(run, names).to(args.device)
     trained = portal.z[:len(cfg.tasks) - len(added)].detach()                        # [T before any was added, d_z]

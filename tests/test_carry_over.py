@@ -1,5 +1,6 @@
 """carry_over.py on a small scale: what is held out, what is frozen, what a killed command does not do again."""
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def test_nothing_but_the_new_latents_changes(small, tmp_path):
 
 def test_noise_is_for_learning_alone(small, tmp_path):
     portal, _ = carry_over.carrier(tmp_path, bases()[1:], 0, 4, "")
-    plain, generate = portal.adapters(grid.TARGET).tensors(), carry_over.noisy(portal, 0.1)
+    plain, generate = portal.adapters(grid.TARGET).tensors(), carry_over.around(portal, 0.1, 0.0)
     with torch.no_grad():
         assert all(torch.equal(a, b) for a, b in zip(plain, generate(grid.TARGET).tensors()))
     portal.z = nn.Parameter(portal.z.detach())
@@ -58,6 +59,23 @@ def test_noise_is_for_learning_alone(small, tmp_path):
     assert any(not torch.equal(a, b) for a, b in zip(plain, other))
     sum(a.square().sum() for a in other).backward()
     assert portal.z.grad.abs().sum() > 0                                             # of the latent, not of a copy
+
+
+def test_interpolated_latents_lie_between_two():
+    """Each where a share of the way, at most .3, leads from its own latent to some task's."""
+    made = SimpleNamespace(z=nn.Parameter(torch.randn(6, 4)), adapters=lambda base: made.z)
+    z, found = made.z, carry_over.around(made, 0.0, 0.3)("any")
+    moved = 0
+    for t in range(6):
+        ways = z - z[t]                                                              # [T, d_z]
+        share = ((found[t] - z[t]) * ways).sum(1) / ways.square().sum(1).clamp(min=1e-9)
+        left = (found[t] - z[t] - share[:, None] * ways).norm(dim=1)
+        k = int(left.argmin())
+        assert left[k] < 1e-5 and 0 <= share[k] <= 0.3
+        moved += bool(share[k] > 0)
+    assert moved >= 3
+    with torch.no_grad():
+        assert torch.equal(carry_over.around(made, 0.0, 0.3)("any"), z)
 
 
 def command(*argv):

@@ -1,5 +1,5 @@
 """The experiments: steps that resume, the patches of the ablations, and counted FLOPs against torch's own counter."""
-import json
+import json, pathlib
 from types import SimpleNamespace
 
 import pytest
@@ -11,12 +11,13 @@ from test_train import small_rows, some_items
 from torch.utils.flop_counter import FlopCounterMode, baddbmm_flop
 
 import experiments, port, portal, train
+from cli import write_json
 from portal import Config, Converter, Portal
 from train import EMA, portal_learner, task_gradients
 
 
 def flags(tmp_path, **changes):
-    return SimpleNamespace(**{**dict(out=tmp_path, bases=None, to=None, data=None, sweep=(8,), train="", port="", eval=""), **changes})
+    return SimpleNamespace(**{**dict(out=tmp_path, bases=None, to=None, data=None, aside=None, sweep=(8,), train="", port="", eval=""), **changes})
 
 
 def test_a_step_runs_what_is_left_of_it(tmp_path, monkeypatch):
@@ -44,6 +45,48 @@ def test_a_step_runs_what_is_left_of_it(tmp_path, monkeypatch):
     rows = [{key: value for key, value in row.items() if key != "select"} for row in rows]  # once, not once an epoch
     assert rows == [dict(experiment="sweep", variant="all", method="portal", task="t"),
                     dict(experiment="sweep", variant="iso", method="lora", task="t")]
+
+
+def test_a_task_aside_and_its_controls(tmp_path, monkeypatch):
+    """What each control's run holds when its commands start, and how its rows are labelled."""
+    bases, started = [tiny_base(name=name) for name in ("source", "target")], []
+    made = make_portal(bases[0], tasks=("one", "two"))
+    made.converters["target"] = Converter(made.cfg, bases[1].layers, bases[1].dims)
+    made.z.data = torch.tensor([[1.0], [3.0]]).expand(2, made.cfg.d_z)
+    def main(module):
+        def run(argv):
+            folder = pathlib.Path(argv[argv.index("--run") + 1])
+            started.append((module.__name__, folder.name, argv))
+            saved = dict(config=vars(made.cfg), bases=[dict(base="source")], seed=0, data="")
+            if "--seed" in argv:                                                     # source training
+                portal.save_portal(folder, made)
+                for base in bases:
+                    write_json(folder / "converters" / f"{base.name}.json", dict(base=base.name, ported=base is bases[1], n=8))
+                write_json(folder / "portal.json", saved)
+            if "--add-task" in argv:
+                z = portal.load_tensors(folder / "latents.safetensors")["z"]
+                portal.save_tensors(folder / "latents.safetensors", {"z": torch.cat([z, torch.full_like(z[:1], 10 + len(z))])})
+                saved = json.loads((folder / "portal.json").read_text())
+                saved["added"] = {**saved.get("added", {}), argv[argv.index("--add-task") + 1]: {}}
+                saved["config"]["tasks"] += [str(len(z))]
+                write_json(folder / "portal.json", saved)
+            if module is experiments.eval:
+                row = dict(method="portal", task="three", base="target", z=portal.load_tensors(
+                    folder / "latents.safetensors")["z"][:, 0].tolist())
+                (folder / "results.jsonl").write_text(json.dumps(row) + "\n")
+        return run
+    for module in (train, port, experiments.eval):
+        monkeypatch.setattr(module, "main", main(module))
+    monkeypatch.setattr(experiments, "kind_of", lambda spec: "qwen3")
+    monkeypatch.setattr(experiments, "count", lambda *args: None)
+    chosen = flags(tmp_path, bases=["./source"], to=["./target"], aside=[tmp_path / "three", tmp_path / "four"])
+    experiments.Steps(chosen).aside(0)
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    found = {row["variant"]: (row["z"], row["training_tasks"], row["experiment"]) for row in rows}
+    assert found == {name: ([1, 3, *new], 2, "carry") for name, new in dict(
+        carried=(12, 13), mean=(2, 2), target=(12, 13)).items()} | {"shuffled": ([13, 1, 3, 12], 2, "carry")}
+    on_target = [argv[-2:] for name, run, argv in started if "--add-task" in argv and run == "aside-on-target-seed0"]
+    assert on_target == [["--bases", "./target"]] * 2
 
 
 def fit_once(patch):
@@ -160,6 +203,7 @@ def test_the_last_of_several_fits():
 @pytest.mark.parametrize("argv, words", [
     (["mian"], ["mian", "accepted", "sweep"]), (["ablation", "--bases", "x"], ["--bases", "main"]),
     (["main", "--bases", "x"], ["--to", "--bases"]),
+    (["aside", "--bases", "x", "--to", "y"], ["--aside", "--bases"]),
     (["--seeds", "a"], ["'a'", "whole number"]), (["--sweep", "0"], ["'0'", "above 0"])])
 def test_bad_input(argv, words, capsys):
     assert command(experiments, *argv) == 2
