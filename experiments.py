@@ -369,7 +369,7 @@ class Steps:
         given = "".join(f" --{key} {shlex.quote(value)}" for key, value in self.given.items() if key != "sweep" and value)
         commands = {table: f"python experiments.py {name}{given}" for table, name in MADE_BY.items()}
         write_json(self.out / "about.json", dict(
-            title="Results: the toy" if self.toy else f"Results: {' + '.join(seen)}", searched=SEARCHED if self.toy else {},
+            title=f"Results: {'the toy' if self.toy else ', '.join(kinds)}", searched=SEARCHED if self.toy else FACTORS,
             kind="toy" if self.toy else "real", hardware=hardware(), seen=seen,
             commit=", ".join(dict.fromkeys(made for step in self.done.values() for made in step["commits"])), within=within,
             across=[name for name in kinds if name not in (*seen, *within)], commands=commands, parameters=parameters,
@@ -405,7 +405,9 @@ def kind_of(spec):
     return pretrained(AutoConfig, spec).model_type
 
 
-# What was tried for each method on the toy before its settings were fixed (train.TOY), always on rows held out of train.
+# What was tried for each method before its settings were fixed, always on rows held out of train: on any bases, by eval.py;
+# and on the toy (train.TOY).
+FACTORS = dict.fromkeys(("cross_lora", "copy", "random"), "a factor of .5, 1, 2 or 4 on the delta, for every base and seed.")
 SEARCHED = {
     "portal": "ports to toy-gemma, seeds 0 and 2, n = 32, 125, 250 and 1,000: e at random or by depth, lr 1e-3, 3e-3 and 1e-2, "
               "e's own lr 3e-2, P_out zero or small random, 56 to 904 rounds; source training: n = 1,000, norm and gain.",
@@ -413,7 +415,7 @@ SEARCHED = {
             "672 at n = 250.",
     "lora iso": "toy-gemma, seed 2: 224 and 672 rounds at n = 250; else as the LoRA.",
     "hypernet": "nothing of its own; it has the settings of source training, 452 rounds at n = 1,000 where a port has 678.",
-    **dict.fromkeys(("cross_lora", "copy", "random"), "a factor of .5, 1, 2 or 4 on the delta, for every base and seed.")}
+    **FACTORS}
 EXPERIMENTS = ("main", "sweep", "aside", "ablation", "competition")
 MADE_BY = {"6.1": "main", "6.2": "main", "6.3": "main", "tasks": "main", "6.4": "sweep", "carry": "aside",
            "ablations": "ablation", "competition": "competition"}                    # {table: experiment}

@@ -26,7 +26,7 @@ from eval import drawing, unpack
 
 REPLICATES, TOLERANCE = 2000, 0.005
 ABOUT = dict(seen=list, within=list, across=list, commands=dict, parameters=dict, costs=dict, searched=dict,
-             gradients=dict, hardware=str, commit=str, title=str, note=str)
+             gradients=dict, hardware=str, commit=str, title=str, note=str, kind=str)
 ROW = dict(experiment=str, method=str, variant=str, base=str, role=str, task=str, seed=int, n=int, select=str,
            acc_norm=(int, float), log_loss=(int, float), rows=int, training_tasks=int, recipe=str)
 UNSAID = dict(experiment="main", variant="", training_tasks=0, recipe="")  # what eval.py does not write
@@ -509,15 +509,15 @@ def write(names, folder):
 
 def readme():
     """Rewrite what stands between the two MARKERS of README.md."""
-    path, folders = ROOT / "README.md", sorted(found.parent for found in ROOT.glob("results/*/about.json"))
+    path, found = ROOT / "README.md", sorted(about.parent for about in ROOT.glob("results/*/about.json"))
     text = path.read_bytes().decode() if path.exists() else ""
     if [text.count(marker) for marker in MARKERS] != [1, 1] or text.index(MARKERS[0]) > text.index(MARKERS[1]):
         raise BadInput(f"{path}: not rewritten; accepted are one line {MARKERS[0]} and, below it, one line {MARKERS[1]}")
-    if not folders:
+    if not found:
         raise BadInput(f"{ROOT / 'results'}: no folder in it has an about.json")
-    parts = []
-    for folder in folders:
-        about, where = read(folder)[1], f"results/{folder.name}"
+    folders, parts = {folder: read(folder)[1] for folder in found}, []
+    for folder, about in sorted(folders.items(), key=lambda pair: pair[1].get("kind") != "toy"):  # the toy's first
+        where = f"results/{folder.name}"
         searched = searches(about, about.get("searched", ()))
         parts += [f"## {about.get('title', folder.name)}", "", *([about["note"], ""] if "note" in about else []),
                   *([*searched, ""] if searched else [])]

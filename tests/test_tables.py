@@ -316,7 +316,7 @@ def test_the_readme_keeps_the_rest_byte_for_byte(tmp_path, monkeypatch, capsys):
     assert "no folder in it has an about.json" in refused(capsys, "--table", "readme")
     lora = [row("lora", "far", "one", 0, share_right(p), n, **sweep) for n, p in ((10, 0.5), (100, 0.8))]
     save(tmp_path / "results" / "real", main_rows() + lora, {**ABOUT, "title": "Results: as real as it gets", "note": "A note."})
-    save(tmp_path / "results" / "toy", main_rows())
+    save(tmp_path / "results" / "toy", main_rows(), {**ABOUT, "kind": "toy"})         # stands first
     for _ in range(2):                                                               # the second time changes nothing
         assert command(evaluation, "--table", "readme") == 0
         new = path.read_bytes()
@@ -324,8 +324,8 @@ def test_the_readme_keeps_the_rest_byte_for_byte(tmp_path, monkeypatch, capsys):
         assert new[:start] == old[:old.index(MARKERS[0].encode())] and new[end:] == old[old.index(MARKERS[1].encode()):]
     text = new[start:end].decode()
     searched = "".join(f"- Searched for {m}, on rows held out of train: {text}\n" for m, text in ABOUT["searched"].items())
-    real, toy = text.split(f"\n## toy\n\n{searched}\n### Table 6.1: ")
-    assert f"\n## Results: as real as it gets\n\nA note.\n\n{searched}\n### Table 6.1: " in real and "old" not in text
+    toy, real = text.split(f"\n## Results: as real as it gets\n\nA note.\n\n{searched}\n### Table 6.1: ")
+    assert f"\n## toy\n\n{searched}\n### Table 6.1: " in toy and "old" not in text
     for link, part in (("real/table-6.4-far.png", real), ("real/table-6.4.md", real), ("toy/table-tasks.md", toy)):
         assert f"](results/{link})" in part and (tmp_path / "results" / link).exists()
     assert "The worst of 9 lifts" in text and "| task |" not in text and cells(real, "kin", "copy")
