@@ -113,9 +113,11 @@ COMPETITION = {
     "trunk as printed": (AS_PRINTED, []),
     "trunk as printed, the worst task alone": (AS_PRINTED, []),
     "trunk as printed, task gradients at equal norm": (AS_PRINTED, [equal_tasks, no_ema]),
+    "trunk as printed, losses not divided by their EMA": (AS_PRINTED, [no_ema]),
     "trunk as printed, rank 16": ([*AS_PRINTED, "--rank", "16"], []),
     "trunk as printed, d_z 256, hidden 512": (AS_PRINTED, [lambda: sizes(d_z=256, hidden=512)]),
     "trunk as printed, three times the epochs": ([*AS_PRINTED, "--epochs", "12"], []),
+    "losses not divided by their EMA": ([], [no_ema]),
     "all seven modules": (["--modules", "all"], []),
 }
 
@@ -272,13 +274,17 @@ class Steps:
             (eval, ["--methods", ",".join(m for m in METHODS if m != "lora_iso")])])
 
     def sweep(self, seed):
-        """On the last of the targets, the one of another family."""
+        """On the last of the targets, the one of another family; once more with ports whose losses are not divided by their
+        EMA, which the LoRAs' are not, either."""
         self.do("main", "", f"seed{seed}", [self.source(seed)])
         target, counts = self.targets[-1], ",".join(map(str, self.chosen.sweep))
         ports = (port, ["--overwrite", "--to", target, "--n", counts, *self.data])
         self.fork(f"seed{seed}", f"sweep-seed{seed}")
         self.do("sweep", "", f"sweep-seed{seed}", [
             ports, (eval, ["--bases", target, "--methods", "base,lora,lora_iso,portal"])])
+        self.fork(f"seed{seed}", f"sweep-no-ema-seed{seed}")
+        self.do("sweep", "without EMA", f"sweep-no-ema-seed{seed}", [
+            ports, (eval, ["--bases", target, "--methods", "portal"])], [no_ema])
         self.do("sweep", "all modules", f"sweep-all-seed{seed}", [
             self.source(seed, "--modules", "all"), ports, (eval, ["--bases", target, "--methods", "portal"])])
 
