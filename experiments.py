@@ -80,6 +80,11 @@ def equal_tasks(gradients_of=train.task_gradients):
     return mock.patch.object(train, "task_gradients", replaced)
 
 
+def ema_floor(floor, weights=train.EMA.weights):
+    """No task's running mean counts as less than `floor`: what is solved pulls less than what is not."""
+    return mock.patch.object(train.EMA, "weights", lambda ema, losses: weights(ema, losses).clamp(max=1 / floor))
+
+
 no_ema = lambda: mock.patch.object(train.EMA, "weights", lambda ema, losses: torch.ones_like(losses))
 no_balance = lambda: mock.patch.object(train, "balance", sum)
 ABLATIONS = {
@@ -114,6 +119,7 @@ COMPETITION = {
     "trunk as printed, the worst task alone": (AS_PRINTED, []),
     "trunk as printed, task gradients at equal norm": (AS_PRINTED, [equal_tasks, no_ema]),
     "trunk as printed, losses not divided by their EMA": (AS_PRINTED, [no_ema]),
+    "trunk as printed, EMA never below .1": (AS_PRINTED, [lambda: ema_floor(0.1)]),
     "trunk as printed, rank 16": ([*AS_PRINTED, "--rank", "16"], []),
     "trunk as printed, d_z 256, hidden 512": (AS_PRINTED, [lambda: sizes(d_z=256, hidden=512)]),
     "trunk as printed, three times the epochs": ([*AS_PRINTED, "--epochs", "12"], []),

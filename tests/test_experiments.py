@@ -124,6 +124,10 @@ def test_equal_tasks_and_no_ema():
     with experiments.no_ema():
         assert EMA().weights(torch.tensor([3.0, 0.1])).tolist() == [1, 1]
     assert EMA().weights(torch.tensor([2.0, 0.5])).tolist() == [0.5, 2]
+    with experiments.ema_floor(0.25):
+        ema = EMA()
+        assert ema.weights(torch.tensor([2.0, 0.125])).tolist() == [0.5, 4]
+        torch.testing.assert_close(ema.weights(torch.tensor([1.0, 10.0])), torch.tensor([1 / 1.9, 1 / 1.1125]))
 
 
 def test_the_ports_patches():
