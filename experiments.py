@@ -186,8 +186,9 @@ def last_fit(log, what):
     return lines[max((k for k, line in enumerate(lines) if line["epoch"] == 1), default=0):]
 
 
-def count(run, variant, parameters, costs):
-    """Trained parameters of every fit on an unseen base of a run, and its tokens and FLOPs, from the files it left."""
+def count(run, variant, parameters, costs, every):
+    """Trained parameters of every fit on an unseen base of a run, and its tokens and FLOPs, from the files it left. `every`:
+    {base: dims_of all its modules}, as far as a LoRA of this run or of one before says them."""
     cfg = load_config(run)[1]
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] if (run / "log.jsonl").exists() else []
     for path in (run / "converters").glob("*.json"):
@@ -207,8 +208,10 @@ def count(run, variant, parameters, costs):
                 adapters = load_adapters(saved)
                 own, number, generator = dims_of(adapters), sum(t.numel() for t in adapters.tensors()), 0
             parameters.setdefault(p["base"], {})[label] = number
-            lora = run / "baselines" / "lora" / f"{tag}.safetensors"                 # on all modules: says how large they are
-            dims = own if len(own) == len(MODULES) else dims_of(load_adapters(lora)) if lora.exists() else None
+            lora = run / "baselines" / "lora" / f"{tag}.safetensors"
+            if lora.exists() and p["base"] not in every:
+                every[p["base"]] = dims_of(load_adapters(lora))
+            dims = own if len(own) == len(MODULES) else every.get(p["base"])
             if lines and dims:
                 tokens, rounds = (sum(line[key] for line in lines) for key in ("tokens", "rounds"))
                 costs.setdefault(p["base"], {})[f"{label} {p['n']}"] = dict(
@@ -356,7 +359,7 @@ class Steps:
     # ------------------------------------------------------------------------------------------ what is written
     def gather(self):
         """<out>/results.jsonl and about.json, from all run folders. Where the last epoch was the selected one, once."""
-        lines, parameters, costs = {}, {}, {}
+        lines, parameters, costs, every = {}, {}, {}, {}
         for name, step in self.done.items():
             run = self.run(name)
             saved = read_json(run / "portal.json") if (run / "portal.json").exists() else None
@@ -371,7 +374,7 @@ class Steps:
                     row.update(method="lora", variant="iso")
                 lines.setdefault(json.dumps({**row, "select": "", "seconds": 0}), json.dumps(row))
             if step["experiment"] in ("main", "sweep") and saved:
-                count(run, step["variant"], parameters, costs)
+                count(run, step["variant"], parameters, costs, every)
         text = "".join(line + "\n" for line in lines.values())
         write_whole(self.out / "results.jsonl", lambda path: path.write_text(text))
         sources = self.chosen.bases or TOY_SEEN
