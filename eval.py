@@ -20,7 +20,7 @@ from tqdm import tqdm
 from cli import ROOT, BadInput, find_run, lock, parse, read_json, run_main, write_whole
 from data import collate, encode, load_run_tasks, micro_batches, sample
 from dist import NO_BAR, RANK, shared
-from portal import load_adapters, load_config, load_converter, load_portal, saved_at
+from portal import load_adapters, load_config, load_converter, load_portal, provenances, saved_at
 from resume import Journal, command_of, forget
 
 METHODS = ("base", "lora", "lora_iso", "cross_lora", "copy", "random", "hypernet", "portal")
@@ -321,7 +321,7 @@ def main(argv=None):
     saved, cfg = load_config(run)
     added = {task: how["folder"] for task, how in saved.get("added", {}).items()}
     seen = [b["base"] for b in saved["bases"]]
-    provenance = {p.stem: read_json(p) for p in sorted((run / "converters").glob("*.json"))}  # {tag: ...}
+    provenance = provenances(run)
     held = [*seen, *sorted({p["base"] for p in provenance.values()} - set(seen))]
     wanted, methods = [short_name(name) for name in args.bases or held], args.methods or USUAL
     for name in wanted:

@@ -29,7 +29,7 @@ from bases import pretrained, short_name
 from cli import (LOCKS, OUT, ROOT, TOY_SEEN, TOY_UNSEEN, BadInput, Parser, append_jsonl, commas, hold_to, lock, new_folder,
                  positive, read_json, run_main, seed, write_json, write_whole)
 from eval import METHODS, commit, hardware
-from portal import MODULES, load_adapters, load_config, load_converter, load_tensors, save_tensors
+from portal import MODULES, load_adapters, load_config, load_converter, load_tensors, provenances, save_tensors
 
 SWEEP = (8, 16, 32, 64, 125, 250, 500, 1000)                                         # all that a task of the toy has
 ASIDE = [ROOT / "toy" / "data_aside" / task for task in ("fourth", "after_animal")]   # in no training of the toy
@@ -191,14 +191,13 @@ def count(run, variant, parameters, costs, every):
     {base: dims_of all its modules}, as far as a LoRA of this run or of one before says them."""
     cfg = load_config(run)[1]
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] if (run / "log.jsonl").exists() else []
-    for path in (run / "converters").glob("*.json"):
-        p, tag = read_json(path), path.stem
+    for tag, p in provenances(run).items():
         fits = {"portal": f"port {tag}", "lora": f"lora {tag}", "lora iso": f"lora_iso {tag}"}
         for method, what in fits.items() if p["ported"] else ():
             lines = last_fit(log, what)
             label = f"{method} {variant}".strip() if method == "portal" else method
             if method == "portal":
-                made = load_converter(cfg, path.with_suffix(".safetensors"))
+                made = load_converter(cfg, run / "converters" / f"{tag}.safetensors")
                 own = {m: (len(made.e), cfg.rank, made.P_in[m].shape[1], made.P_out[m].shape[0]) for m in cfg.modules}
                 number, generator = sum(q.numel() for q in made.parameters()), generator_flops(cfg, len(made.e), own)
             else:
@@ -260,6 +259,9 @@ class Steps:
         bases = ["--bases", ",".join(self.chosen.bases)] if self.chosen.bases and "--bases" not in flags else []
         return (train, ["--seed", str(seed), "--overwrite", *bases, *self.data, *flags])
 
+    def ports(self):
+        return (port, ["--overwrite", "--to", ",".join(self.targets), *self.data])
+
     def fork(self, source, name, ported=(), change=None):
         """A run with the latents, core and source converters of another one, for ports of its own, or with its ports.
         `change`: a function of its latents [T, d_z] that gives others."""
@@ -279,8 +281,7 @@ class Steps:
     # ------------------------------------------------------------------------------------------ the experiments
     def main(self, seed):
         self.do("main", "", f"seed{seed}", [
-            self.source(seed), (port, ["--overwrite", "--to", ",".join(self.targets), *self.data]),
-            (eval, ["--methods", ",".join(m for m in METHODS if m != "lora_iso")])])
+            self.source(seed), self.ports(), (eval, ["--methods", ",".join(m for m in METHODS if m != "lora_iso")])])
 
     def sweep(self, seed):
         """On the last of the targets, the one of another family; once more with ports whose losses are not divided by their
@@ -288,22 +289,21 @@ class Steps:
         self.do("main", "", f"seed{seed}", [self.source(seed)])
         target, counts = self.targets[-1], ",".join(map(str, self.chosen.sweep))
         ports = (port, ["--overwrite", "--to", target, "--n", counts, *self.data])
+        measure = (eval, ["--bases", target, "--methods", "portal"])
         self.fork(f"seed{seed}", f"sweep-seed{seed}")
         self.do("sweep", "", f"sweep-seed{seed}", [
             ports, (eval, ["--bases", target, "--methods", "base,lora,lora_iso,portal"])])
         self.fork(f"seed{seed}", f"sweep-no-ema-seed{seed}")
-        self.do("sweep", "without EMA", f"sweep-no-ema-seed{seed}", [
-            ports, (eval, ["--bases", target, "--methods", "portal"])], [no_ema])
+        self.do("sweep", "without EMA", f"sweep-no-ema-seed{seed}", [ports, measure], [no_ema])
         self.do("sweep", "all modules", f"sweep-all-seed{seed}", [
-            self.source(seed, "--modules", "all"), ports, (eval, ["--bases", target, "--methods", "portal"])])
+            self.source(seed, "--modules", "all"), ports, measure])
 
     def aside(self, seed):
         """Tasks that are in no training, learned on the sources after the ports were made (`carried`). The controls are
         runs of their own: another task's latents, the mean of those that the core was trained with, and latents that were
         fitted on the target itself."""
         source, name, names = f"seed{seed}", f"aside-seed{seed}", ",".join(folder.name for folder in self.tasks_aside)
-        self.do("main", "", source, [
-            self.source(seed), (port, ["--overwrite", "--to", ",".join(self.targets), *self.data])])
+        self.do("main", "", source, [self.source(seed), self.ports()])
         def learn(*flags):
             return [(train, ["--overwrite", "--add-task", str(folder), *flags]) for folder in self.tasks_aside]
         def measure(bases, methods="portal"):

@@ -13,7 +13,7 @@ import torch
 from bases import reload_base, resolve
 from cli import BadInput, find_run, first_sentence, new_folder, occupied, parse, read_json, run_main, write_json
 from eval import adapters_of, read_results
-from portal import load_config, save_tensors
+from portal import load_config, provenances, save_tensors
 
 MARK = "Exported by PorTAL"  # in every model card, so that --overwrite replaces nothing else
 
@@ -22,7 +22,7 @@ MARK = "Exported by PorTAL"  # in every model card, so that --overwrite replaces
 def held(run, spec):
     """(tag, provenance) of a base that the run holds, named by its short name, its id or its folder; <base>@<n> is a
     smaller sample of a sweep. A base of the same short name from somewhere else is another base."""
-    tags = {path.stem: read_json(path) for path in sorted((run / "converters").glob("*.json"))}
+    tags = provenances(run)
     wanted = {spec, str(pathlib.Path(spec).expanduser().resolve())}
     for tag, p in tags.items():
         if tag == spec or tag == p["base"] and wanted & {p["id"], f"{p['id']}@{p['revision']}"}:

@@ -211,6 +211,11 @@ def plain(name):
     return isinstance(name, str) and name not in ("", ".", "..") and not {"/", "\\", "\0"} & set(name)
 
 
+def provenances(run):
+    """{tag: what converters/<tag>.json says of that converter}, of all that a run holds. Raises BadInput."""
+    return {path.stem: read_json(path) for path in sorted((run / "converters").glob("*.json"))}
+
+
 def load_converter(cfg, path):
     tensors = load_tensors(path)
     try:

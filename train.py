@@ -21,7 +21,8 @@ from cli import (OUT, ROOT, TOY_SEEN, TOY_UNSEEN, BadInput, append_jsonl, beside
 from data import Cycle, Item, collate, encode, load_tasks, micro_batches, sample, to_device
 from dist import NO_BAR, RANK, share, total
 from eval import evaluate, full_precision, macro
-from portal import Config, Converter, Portal, load_config, load_portal, load_tensors, save_portal, save_tensors
+from portal import (Config, Converter, Portal, load_config, load_portal, load_tensors, provenances, save_portal,
+                    save_tensors)
 from resume import State, digest, forget, unbroken
 
 # The write-up's numbers for real bases (appendix A); the toy's own, chosen on rows held out of its train split. An epoch is
@@ -369,7 +370,7 @@ def add_task(args):
         raise BadInput(f"{run}: the core was trained with a task {task!r}; another one needs another name, its folder's")
     if task in added and not (args.overwrite or args.dry_run):
         raise BadInput(f"{run} has learned {task!r} already; --overwrite learns it again")
-    held = seen | {path.stem: read_json(path) for path in sorted((run / "converters").glob("*.json")) if "@" not in path.stem}
+    held = seen | {tag: p for tag, p in provenances(run).items() if tag == p["base"]}  # not the smaller samples of a sweep
     names = list(dict.fromkeys(map(short_name, args.bases or seen)))
     if not names or not set(names) <= set(held):
         raise BadInput(f"--bases: {run} has converters of {', '.join(held) or 'none'}; a task is added on some of these")

@@ -17,7 +17,8 @@ from train import EMA, portal_learner, task_gradients
 
 
 def flags(tmp_path, **changes):
-    return SimpleNamespace(**{**dict(out=tmp_path, bases=None, to=None, data=None, aside=None, sweep=(8,), train="", port="", eval=""), **changes})
+    plain = dict(out=tmp_path, bases=None, to=None, data=None, aside=None, sweep=(8,), train="", port="", eval="")
+    return SimpleNamespace(**{**plain, **changes})
 
 
 def test_a_step_runs_what_is_left_of_it(tmp_path, monkeypatch):
