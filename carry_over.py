@@ -73,7 +73,7 @@ def eval_rows(tasks):
     return {task: rows_of(task, "eval")[:SETTINGS["eval_rows"]] for task in tasks}
 
 
-def learn(path, what, bases, generate, learners, rows, seed, how, z=None, frozen=(), ema=True):
+def learn(path, what, bases, generate, learners, rows, seed, how, z=None, frozen=()):
     """Fit, and keep the selected parameters at `path`; what stands there already is read."""
     params = [p for learner in learners for p in learner.params]
     if path.exists():
@@ -83,7 +83,7 @@ def learn(path, what, bases, generate, learners, rows, seed, how, z=None, frozen
         return
     state = path.with_suffix(".state")
     fit(what, bases, generate, learners, rows, epochs=how["epochs"], batch_size=how["batch_size"], max_tokens=MAX_TOKENS,
-        seed=seed, log=path.parent / "log.jsonl", z=z, ema=ema, state=state, frozen=frozen)
+        seed=seed, log=path.parent / "log.jsonl", z=z, state=state, frozen=frozen)
     for learner in learners:
         learner.load_best()
     save_tensors(path, {str(k): p for k, p in enumerate(params)})
@@ -197,7 +197,7 @@ def yardsticks(out, bases, seed):
         learners = [Learner([{"params": loras.of(t), "lr": how["lr"]}], [task], rounds_of(train, how["batch_size"]),
                             how["epochs"]) for t, (task, (train, _)) in enumerate(own.items())]
         learn(out / f"seed{seed}" / f"lora-{base.name}.safetensors", f"seed {seed}: LoRA {base.name}", [base],
-              loras.adapters, learners, own, seed, how, ema=False)
+              loras.adapters, learners, own, seed, how)
         measure(out, base, loras.adapters, rows, dict(cell, method="lora", variant="", n=how["n"]))
 
 

@@ -370,8 +370,8 @@ def competition(rows, about, folder, notes):
     for task, base in dict.fromkeys((row["task"], row["base"]) for row in alone):
         seeds = {row["seed"] for row in of(alone, task=task, base=base)}             # in which it was the worst
         both = [[row["acc_norm"] for row in of(part, task=task, base=base) if row["seed"] in seeds] for part in
-                (alone, of(used, variant="trunk as printed"))]
-        main += ["", f"Trunk as printed, {task} on {base}: {spread(both[0])} trained alone, {spread(both[1])} among all."]
+                (alone, of(used, variant="as printed"))]
+        main += ["", f"As printed, {task} on {base}: {spread(both[0])} trained alone, {spread(both[1])} among all."]
     measured = {variant: tasks for variant, tasks in about.get("gradients", {}).items() if len(tasks) > 1}
     for variant, tasks in measured.items():
         accs = {task: [row["acc_norm"] for row in of(used, variant=variant, role="seen", task=task)] for task in tasks}
@@ -380,7 +380,7 @@ def competition(rows, about, folder, notes):
         for task in sorted(tasks, key=lambda task: fmean(accs[task] or [1])):
             part.append(line(task, f"{fmean(accs[task]):.3f}" if accs[task] else "-", f"{tasks[task]['norm']:.2f}",
                              f"{tasks[task]['cosine']:+.2f}"))
-        (main if variant == "trunk as printed" else details).extend(["", *part])
+        (main if variant == "as printed" else details).extend(["", *part])
     notes.append("The worst task was looked up on these evaluation rows: its figure among all is a little too low.")
     notes.append("Gradients on the core, each task's as the optimiser adds it to the others', every 25th round of source "
                  "training, mean over its second half, bases and seeds.")

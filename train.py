@@ -211,12 +211,13 @@ def naming_memory(what, bases, done):
             "--recompute or --dtype bfloat16; what was saved before is untouched")
 
 
-def fit(what, bases, generate, learners, rows, *, epochs, batch_size, max_tokens, seed, log, z=None, ema=True, state=None,
+def fit(what, bases, generate, learners, rows, *, epochs, batch_size, max_tokens, seed, log, z=None, ema=False, state=None,
         frozen=()):
     """Train `learners` for `epochs` on frozen `bases`; each then holds its last state and, in `best`, the selected one.
 
     generate(base name) -> Adapters with their graph; rows {task: (train rows, held-out rows)}; z: the parameter on
-    which the bases' gradients are balanced, if it is learned; ema: divide each (base, task) loss by its running mean.
+    which the bases' gradients are balanced, if it is learned; ema: divide each (base, task) loss by its running mean,
+    as the write-up does (section 4). No command does: a solved task would then pull as hard as one that is not.
     log: path of log.jsonl. state: path of the file that a killed fit goes on from (resume.py), for the caller to remove;
     frozen: the tensors that `generate` takes and no learner has. -> seconds, those of a killed process included. Raises
     BadInput when a loss is not finite or the memory is full.
@@ -236,7 +237,7 @@ def fit(what, bases, generate, learners, rows, *, epochs, batch_size, max_tokens
             raise BadInput(f"{what}: the {on}loss is not finite on base {base.name}, task {bad}, round {number}; "
                            "try a smaller --lr or --dtype float32, which starts over")
 
-    running = {base.name: EMA() for base in bases}
+    running = {base.name: EMA() for base in bases} if ema else {}
     per_epoch = max(learner.rounds for learner in learners)
     # Where the fit stands: rounds done, lines of finished epochs; of this epoch: sums, and when (of `seconds`) it began.
     at = SimpleNamespace(done=0, lines=[], loss=0.0, tokens=0, began=0.0, seconds=0.0)
@@ -257,7 +258,7 @@ def fit(what, bases, generate, learners, rows, *, epochs, batch_size, max_tokens
                     active = [learner for learner in learners if k < learner.rounds]
                     now = [task for learner in active for task in learner.tasks]
                     items = {base.name: [item for task in now for item in cycles[base.name, task].next()] for base in bases}
-                    losses = one_round(bases, generate, active, items, max_tokens, running if ema else None, z)
+                    losses = one_round(bases, generate, active, items, max_tokens, running, z)
                     for learner in learners:
                         learner.optimizer.zero_grad()                                # tasks without rows, too: theirs are 0
                     losses = losses.cpu()                                            # [bases, T]; the wait for the device
@@ -329,12 +330,12 @@ def dry_run(what, bases, generate, learner, rows, seed, settings, z=None):
              for base in bases for task, (train, _) in rows.items()}
     cycles = {key: Cycle(own, batch_size, "/".join([str(seed), *key])) for key, own in items.items()}
     longest = {key: sorted(own, key=Item.length)[-batch_size:] for key, own in items.items()}
-    running, times = {base.name: EMA() for base in bases}, []
+    times = []
     for k in range(4):
         batch = {key: cycle.next() if k else longest[key] for key, cycle in cycles.items()}
         start = clock()
         one_round(bases, generate, [learner], {base.name: [item for task in tasks for item in batch[base.name, task]]
-                                               for base in bases}, max_tokens, running, z)
+                                               for base in bases}, max_tokens, z=z)
         learner.optimizer.zero_grad()
         times.append(clock() - start)
     scoring = 0.0

@@ -43,7 +43,7 @@ def fit_lora(run, tag, base, rows, provenance, settings, method="lora", **sizes)
     learners = [Learner([{"params": loras.of(t), "lr": settings["lr"]}], [task],
                         rounds_of(train, settings["batch_size"], settings["least"]), settings["epochs"])
                 for t, (task, (train, _)) in enumerate(rows.items())]
-    fit_baseline(run, method, tag, base, rows, provenance, settings, loras.adapters, learners, ema=False)
+    fit_baseline(run, method, tag, base, rows, provenance, settings, loras.adapters, learners)
 
 
 def iso_sizes(cfg, base, n_tasks):

@@ -54,7 +54,7 @@ def saved(run):
 
 def plain_loop(run, folder, lr, seed, on):
     """One epoch of the task in `folder` on the bases `on`, batches of two: one base and one row after the other through
-    unpatched models with hooks, in float64; the optimiser, the EMA and the balance on z written out. -> z [d_z]"""
+    unpatched models with hooks, in float64; the optimiser and the balance on z written out. -> z [d_z]"""
     rows, _ = sample(load_tasks(folder.parent, [folder.name])[folder.name]["train"], 2000, seed)
     portal = load_portal(run, list(on))
     for module in (portal.core, *portal.converters.values()):
@@ -65,14 +65,13 @@ def plain_loop(run, folder, lr, seed, on):
     tokenizer = tiny_base().tokenizer
     items = encode(tokenizer, rows, [folder.name], "gold")[0]
     cycles = {name: Cycle(items, 2, f"{seed}/{name}/{folder.name}") for name in on}
-    optimizer, running, rounds = torch.optim.AdamW([z], weight_decay=0.0), {}, -(-len(rows) // 2)
+    optimizer, rounds = torch.optim.AdamW([z], weight_decay=0.0), -(-len(rows) // 2)
     for k in range(rounds):
         pulls = []
         for name, model in models.items():
             portal.z = z[None]
             loss = plain_loss(model, of_task(portal.adapters(name), 0), cycles[name].next())
-            running[name] = 0.9 * running[name] + 0.1 * loss.item() if name in running else loss.item()
-            pulls.append(torch.autograd.grad(loss / running[name], z)[0])
+            pulls.append(torch.autograd.grad(loss, z)[0])
         mean = sum(pull.norm() for pull in pulls) / len(pulls)
         z.grad = sum(pull * mean / pull.norm() for pull in pulls)
         torch.nn.utils.clip_grad_norm_([z], 1.0)

@@ -41,7 +41,7 @@ def test_all_tasks_at_once_end_where_each_alone_would(tmp_path):
             {m: torch.stack([a[t] for t in index]) for m, a in loras.A.items()},
             {m: torch.stack([b[t] for t in index]) for m, b in loras.B.items()}, loras.scale)
         learners = [Learner([{"params": loras.of(i), "lr": 1e-2}], [t], rounds_of(rows[t][0], 2), 2) for t, i in zip(part, index)]
-        fit("test", [base], generate, learners, part, seed=0, log=tmp_path / "log.jsonl", ema=False,
+        fit("test", [base], generate, learners, part, seed=0, log=tmp_path / "log.jsonl",
             epochs=2, batch_size=2, max_tokens=200)
         return loras, learners
     together, learners = train(["one", "two", "three"])
@@ -62,7 +62,7 @@ def test_training_equals_pefts(tmp_path):
     for m, layer, module in peft_projections(model):
         module.lora_A["default"].weight.data.copy_(loras.A[m][0][layer])
     learner = Learner([{"params": loras.of(0), "lr": 1e-2}], ["one"], 3, 1)
-    fit("test", [base], loras.adapters, [learner], rows, seed=0, log=tmp_path / "log.jsonl", ema=False,
+    fit("test", [base], loras.adapters, [learner], rows, seed=0, log=tmp_path / "log.jsonl",
         epochs=1, batch_size=2, max_tokens=200)
     cycle = Cycle(encode(base.tokenizer, rows["one"][0], ["one"], choices="gold")[0], 2, "0/tiny/one")
     params = [p for p in model.parameters() if p.requires_grad]

@@ -112,7 +112,7 @@ def test_without_film_the_rest_learns():
     assert core.film.weight.any()
 
 
-def test_equal_tasks_and_no_ema():
+def test_equal_tasks_and_the_ema():
     base = tiny_base()
     made = make_portal(base)
     plain = task_gradients(base, made.adapters("tiny"), some_items(), 40)
@@ -122,9 +122,9 @@ def test_equal_tasks_and_no_ema():
     norms = [torch.cat([g[t].flatten() for g in equal]).norm() for t in range(3)]
     before = [torch.cat([g[t].flatten() for g in plain[1]]).norm() for t in range(3)]
     torch.testing.assert_close(torch.stack(norms), torch.stack(before).mean().expand(3))
-    with experiments.no_ema():
-        assert EMA().weights(torch.tensor([3.0, 0.1])).tolist() == [1, 1]
-    assert EMA().weights(torch.tensor([2.0, 0.5])).tolist() == [0.5, 2]
+    with experiments.with_ema():
+        assert port.fit.__kwdefaults__["ema"]                                        # what the ports call, too
+    assert not train.fit.__kwdefaults__["ema"]
     with experiments.ema_floor(0.25):
         ema = EMA()
         assert ema.weights(torch.tensor([2.0, 0.125])).tolist() == [0.5, 4]
@@ -144,13 +144,15 @@ def test_the_ports_patches():
     assert [group["initial_lr"] for group in groups] == [1e-2, 0.5]
 
 
-def test_gradients_between_tasks_add_up_to_the_rounds(tmp_path):
+@pytest.mark.parametrize("ema", [False, True])
+def test_gradients_between_tasks_add_up_to_the_rounds(tmp_path, ema):
     """The norms and cosines that are written, against one backward pass a task through the generator."""
     base = tiny_base()
     made = make_portal(base)
     learner = portal_learner(made, small_rows(), 1, 1, 0.0)
     with experiments.watched(tmp_path / "g.jsonl"):
-        train.one_round([base], made.adapters, [learner], {"tiny": some_items()}, 40, {"tiny": EMA()}, made.z)
+        train.one_round([base], made.adapters, [learner], {"tiny": some_items()}, 40,
+                        {"tiny": EMA()} if ema else None, made.z)
     record, = map(json.loads, (tmp_path / "g.jsonl").read_text().splitlines())
     own = []
     for t in range(3):
@@ -160,7 +162,7 @@ def test_gradients_between_tasks_add_up_to_the_rounds(tmp_path):
         losses, gradients = task_gradients(base, adapters, some_items(), 40)
         for g in gradients:
             g[[s for s in range(3) if s != t]] = 0
-        torch.autograd.backward(adapters.tensors(), [g / losses[t] for g in gradients])
+        torch.autograd.backward(adapters.tensors(), [g / losses[t] if ema else g for g in gradients])
         own.append(torch.cat([p.grad.flatten() for p in made.core.parameters()]))
     for t in range(3):
         others = sum(own) - own[t]

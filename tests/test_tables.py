@@ -340,12 +340,12 @@ def test_competition(tmp_path):
     def rows(variant, accs):
         return [row("portal", base, task, 0, share_right(acc), variant=variant, experiment="competition")
                 for base in ("src", "far") for task, acc in accs.items()]
-    alone = row("portal", "src", "two", 0, share_right(0.9), variant="trunk as printed, the worst task alone", experiment="alone")
+    alone = row("portal", "src", "two", 0, share_right(0.9), variant="as printed, the worst task alone", experiment="alone")
     cell = lambda norm, cosine: dict(norm=norm, cosine=cosine)
-    about = {**ABOUT, "gradients": {"trunk as printed": dict(one=cell(1.5, -0.25), two=cell(0.5, 0.125))}}
-    text = made("competition", save(tmp_path, [*rows("", dict(one=1, two=0.8)), *rows("trunk as printed", dict(one=0.9, two=0.4)),
+    about = {**ABOUT, "gradients": {"as printed": dict(one=cell(1.5, -0.25), two=cell(0.5, 0.125))}}
+    text = made("competition", save(tmp_path, [*rows("", dict(one=1, two=0.8)), *rows("as printed", dict(one=0.9, two=0.4)),
                                                alone], about))
-    assert cells(text, "trunk as printed")[2:5] == ["0.650", cells(text, "trunk as printed")[3], "-0.250"]
+    assert cells(text, "as printed")[2:5] == ["0.650", cells(text, "as printed")[3], "-0.250"]
     assert "two on src: 0.900 trained alone, 0.400 among all." in text
     lines = text.splitlines()
     worst_first = [line for line in lines if line.startswith(("| one |", "| two |"))]
