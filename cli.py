@@ -143,6 +143,8 @@ FLAGS = {
     "the method": {
         "modules": dict(type=modules, metavar="A,B", help="adapted projections: 'all' or some of q,k,v,o,gate,up,down"),
         "rank": dict(type=positive(int), metavar="N", help="rank of the generated adapters"),
+        "align": dict(action="store_true", help="start P_in by regression on a source base of the run, which is loaded, too: "
+                                                "fewer rows are then enough"),
         "norm": dict(choices=["layer", "none"], help="LayerNorm in the trunk, or the write-up's trunk as printed"),
     },
     "the optimiser": {

@@ -287,15 +287,18 @@ class Steps:
             self.source(seed), self.ports(), (eval, ["--methods", ",".join(m for m in METHODS if m != "lora_iso")])])
 
     def sweep(self, seed):
-        """On the last of the targets, the one of another family."""
+        """On the last of the targets, the one of another family; ports once more with P_in aligned."""
         self.do("main", "", f"seed{seed}", [self.source(seed)])
         target, counts = self.targets[-1], ",".join(map(str, self.chosen.sweep))
         ports = (port, ["--overwrite", "--to", target, "--n", counts, *self.data])
         self.fork(f"seed{seed}", f"sweep-seed{seed}")
         self.do("sweep", "", f"sweep-seed{seed}", [
             ports, (eval, ["--bases", target, "--methods", "base,lora,lora_iso,portal"])])
+        measure = (eval, ["--bases", target, "--methods", "portal"])
+        self.fork(f"seed{seed}", f"sweep-aligned-seed{seed}")
+        self.do("sweep", "aligned", f"sweep-aligned-seed{seed}", [(port, [*ports[1], "--align"]), measure])
         self.do("sweep", "all modules", f"sweep-all-seed{seed}", [
-            self.source(seed, "--modules", "all"), ports, (eval, ["--bases", target, "--methods", "portal"])])
+            self.source(seed, "--modules", "all"), ports, measure])
 
     def aside(self, seed):
         """Tasks that are in no training, learned on the sources after the ports were made (`carried`). The controls are

@@ -316,7 +316,8 @@ def sweep(rows, about, folder, notes):
     if not used:
         raise BadInput("no rows of experiment 'sweep' with role 'unseen'")
     notes.append(f"Stars: the first n whose mean acc_norm is within {TOLERANCE} of the LoRA's plateau. (2x): the LoRA "
-                 "takes twice as much to get there. ± and error bars: sd over seeds.")
+                 "takes twice as much to get there. ± and error bars: sd over seeds. What aligns a port before its first step, "
+                 "a forward pass of at most 1,000 prompts on two bases and least squares, is not counted.")
     return main[1:], ["", *searches(about, ("portal", "lora", "lora iso"))], used
 
 

@@ -335,7 +335,7 @@ def dry_run(what, bases, generate, learner, rows, seed, settings, z=None):
         batch = {key: cycle.next() if k else longest[key] for key, cycle in cycles.items()}
         start = clock()
         one_round(bases, generate, [learner], {base.name: [item for task in tasks for item in batch[base.name, task]]
-                                               for base in bases}, max_tokens, z=z)
+                                               for base in bases}, max_tokens, None, z)
         learner.optimizer.zero_grad()
         times.append(clock() - start)
     scoring = 0.0

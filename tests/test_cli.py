@@ -66,6 +66,22 @@ def test_train_port_eval(trained, capsys):
     assert {(r["method"], r["n"], r["select"]): r["acc_norm"] for r in again} == same
 
 
+def test_an_aligned_port(trained, monkeypatch):
+    """Each port of a sweep is aligned with the source base nearest in depth, on prompts of its own training rows."""
+    calls, align = [], port.align
+    monkeypatch.setattr(port, "ALIGN", 9)
+    monkeypatch.setattr(port, "align", lambda *args: (calls.append(args), align(*args)))
+    assert command(port, "--to", "./base-c", "--n", "2,8", "--epochs", "1", "--align") == 0
+    prompts = {json.loads(line)["prompt"] for path in (trained.parents[1] / "data").glob("*/train.jsonl")
+               for line in path.read_text().splitlines()}
+    assert [len(texts) for *_, texts in calls] == [3, 9] and {text for *_, texts in calls for text in texts} <= prompts
+    assert calls[0][3].name == "base-a" and calls[0][3] is calls[1][3]               # loaded once
+    for tag in ("base-c@2", "base-c"):
+        assert json.loads((trained / "converters" / f"{tag}.json").read_text())["aligned"] == "base-a"
+    assert command(port, "--to", "./base-c", "--n", "8", "--epochs", "1", "--overwrite") == 0 and len(calls) == 2
+    assert json.loads((trained / "converters" / "base-c.json").read_text())["aligned"] is None
+
+
 def test_the_last_epoch_is_kept_beside_the_selected_one(trained, monkeypatch):
     """adapters_of: a seen base's final state is the final core's, a ported base's is the selected core's."""
     from bases import load_base

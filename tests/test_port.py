@@ -1,0 +1,68 @@
+"""Where a port starts: P_in by regression on a source base, against least squares in numpy over plain forward passes."""
+import numpy as np
+import torch
+from conftest import tiny_base, tiny_model, tiny_tokenizer
+from test_portal import make_portal
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import port
+from bases import Base
+from portal import Converter
+
+TEXTS = ["w1 w22 w3 Answer :", "w40 w4", "w7 w8 w9 w10 w11 w7"]
+
+
+def letters():
+    """A tokenizer that cuts every text into single characters, behind a BOS."""
+    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate("_w0123456789 Answer:")}, unk_token="_"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="_", eos_token="_")
+
+
+def inputs(model, ids, kind):
+    """[L][S, d_in] what `kind`'s projection reads in every layer of an unpatched model."""
+    found = []
+    hooks = [module.register_forward_hook(lambda _, args, y: found.append(args[0][0].double().numpy()))
+             for name, module in model.named_modules() if name.endswith(f"{kind}_proj")]
+    with torch.no_grad():
+        model(input_ids=torch.tensor([ids]))
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def test_alignment_is_ridge_regression_over_tokens_that_end_together():
+    base, source = tiny_base("gemma3", 1, torch.float64), Base(tiny_model("qwen3", 2, torch.float64), letters(), "source")
+    portal = make_portal(source, modules=("q", "down"))
+    like = portal.converters["source"]
+    made = Converter(portal.cfg, base.layers, base.dims, like)
+    before = {name: p.clone() for name, p in made.state_dict().items()}
+    port.align(made, base, like, source, TEXTS)
+
+    plain, plain_source = tiny_model("gemma3", 1, torch.float64), tiny_model("qwen3", 2, torch.float64)
+    for m in ("q", "down"):
+        X, Y = [], []
+        for text in TEXTS:
+            words = text.split()
+            ends = [len(" ".join(words[:k + 1])) - 1 for k in range(len(words))]      # of each word, its last character
+            x, y = inputs(plain, tiny_tokenizer()(text).input_ids, m), inputs(plain_source, letters()(text).input_ids, m)
+            X += x                                                                   # three layers each: twins are equals
+            Y += [layer[ends] @ like.P_in[m].detach().double().numpy().T for layer in y]
+        X, Y = np.concatenate(X), np.concatenate(Y)
+        ridge = np.sqrt(1e-2 * (X ** 2).sum(0).mean()) * np.eye(X.shape[1])
+        want = np.linalg.lstsq(np.concatenate([X, ridge]), np.concatenate([Y, np.zeros((len(ridge), Y.shape[1]))]), rcond=None)[0].T
+        np.testing.assert_allclose(made.P_in[m].detach().numpy(), want, rtol=1e-4, atol=1e-6)
+    assert all(torch.equal(p, before[name]) for name, p in made.state_dict().items() if not name.startswith("P_in"))
+
+
+def test_a_base_aligned_with_itself_reads_as_it_does():
+    base = tiny_base()
+    portal = make_portal(base)
+    like = portal.converters["tiny"]
+    made = Converter(portal.cfg, base.layers, base.dims, like)
+    texts = [" ".join(f"w{(7 * i + k) % 50}" for k in range(9)) for i in range(40)]
+    port.align(made, base, like, tiny_base(), texts)
+    x = torch.cat([x for text in texts[:5] for (m, _), x in port.readings(base, text, ["q"])[0].items()])
+    want = x @ like.P_in["q"].T
+    assert (x @ made.P_in["q"].T - want).norm() < 0.1 * want.norm()
