@@ -144,7 +144,8 @@ def main(argv=None):
     data = load_run_tasks(saved, folder)
     @functools.cache
     def source(name):
-        return reload_base(seen[name], args.device, args.dtype, device_map=args.device_map, quantize=seen[name].get("quantize"))
+        return reload_base(seen[name], args.device, args.dtype, device_map=args.device_map,
+                           quantize=args.quantize or seen[name].get("quantize"))
 
     for spec, fits in jobs:
         base = load_base(spec, args.device, args.dtype, args.recompute, args.device_map, args.quantize)
