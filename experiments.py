@@ -100,6 +100,7 @@ ABLATIONS = {
     "rank 16": (["--rank", "16"], [], False),
     "d_c 64": ([], [lambda: sizes(d_c=64)], False),
     "d_c 1024": ([], [lambda: sizes(d_c=1024)], False),
+    "port: P_in aligned": (["--align"], [], True),
     "port: e at random, lr 1e-3 (write-up)": (["--lr", "1e-3"], [lambda: ported_from(lambda c: c.e.normal_())], True),
     "port: e at random": ([], [lambda: ported_from(lambda c: c.e.normal_())], True),
     "port: e by depth, lr 1e-3": (["--lr", "1e-3"], [], True),
@@ -287,7 +288,8 @@ class Steps:
             self.source(seed), self.ports(), (eval, ["--methods", ",".join(m for m in METHODS if m != "lora_iso")])])
 
     def sweep(self, seed):
-        """On the last of the targets, the one of another family; ports once more with P_in aligned."""
+        """On the last of the targets, the one of another family; and what that changes, of the same number of parameters:
+        P_in aligned, and the write-up's weights of the losses."""
         self.do("main", "", f"seed{seed}", [self.source(seed)])
         target, counts = self.targets[-1], ",".join(map(str, self.chosen.sweep))
         ports = (port, ["--overwrite", "--to", target, "--n", counts, *self.data])
@@ -297,6 +299,7 @@ class Steps:
         measure = (eval, ["--bases", target, "--methods", "portal"])
         self.fork(f"seed{seed}", f"sweep-aligned-seed{seed}")
         self.do("sweep", "aligned", f"sweep-aligned-seed{seed}", [(port, [*ports[1], "--align"]), measure])
+        self.do("sweep", "losses divided", f"sweep-divided-seed{seed}", [self.source(seed), ports, measure], [with_ema])
         self.do("sweep", "all modules", f"sweep-all-seed{seed}", [
             self.source(seed, "--modules", "all"), ports, measure])
 
