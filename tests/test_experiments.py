@@ -44,8 +44,8 @@ def test_a_step_runs_what_is_left_of_it(tmp_path, monkeypatch):
         experiments.Steps(flags(tmp_path))
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     rows = [{key: value for key, value in row.items() if key != "select"} for row in rows]  # once, not once an epoch
-    assert rows == [dict(experiment="sweep", variant="all", method="portal", task="t"),
-                    dict(experiment="sweep", variant="iso", method="lora", task="t")]
+    made = dict(experiment="sweep", commit=experiments.commit(), task="t")
+    assert rows == [dict(made, variant="all", method="portal"), dict(made, variant="iso", method="lora")]
 
 
 def test_a_task_aside_and_its_controls(tmp_path, monkeypatch):

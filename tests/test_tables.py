@@ -34,7 +34,8 @@ def share_right(p, rows=20):
 
 def main_rows():
     levels = dict(base=0.3, lora=0.85, portal=0.75, hypernet=0.7, cross_lora=0.35, copy=0.3, random=0.3)
-    return [row(method, base, task, seed, drawn(p, task, method, base, seed)) for base in ("src", "kin", "far")
+    return [row(method, base, task, seed, drawn(p, task, method, base, seed), **(
+                dict(commit="123abcd, abc1234") if (method, base) == ("portal", "kin") else {})) for base in ("src", "kin", "far")
             for method, p in levels.items() for seed in ((0,) if method == "base" else (0, 1, 2)) for task in TASKS]
 
 
@@ -120,7 +121,8 @@ def test_accuracy_sd_lift_and_intervals_equal_plain_loops(tmp_path, monkeypatch)
     assert "Searched for lora, on rows held out of train: five rates" in text and not re.search("unheard|src|kin", text)
     sources = made("6.1", tmp_path)
     assert len(cells(sources, "src", "portal")) == 6 and "`python experiments.py 6.1`; an abacus" in sources
-    assert "| kin | portal |" in made("6.2", tmp_path)
+    within = made("6.2", tmp_path)                                                   # rows that say their own commit
+    assert "| kin | portal |" in within and "; commit abc1234, 123abcd; seeds 0, 1, 2;" in within
 
 
 def measured(**methods):
