@@ -89,7 +89,7 @@ def train_ours(work, recompute=False):
     portal.converters[base.name] = Converter(portal.cfg, base.layers, base.dims)
     portal.to(work.device)
     learner, ema = portal_learner(portal, {t: (rows, []) for t, rows in tasks.items()}, ROUNDS, ROWS, 1e-3), EMA()
-    while True:
+    while True:                                                                      # losses divided, as portallib's are
         start = work.clock()
         for _ in range(work.repeat):
             one_round([base], portal.adapters, [learner], {base.name: items}, work.max_tokens, {base.name: ema}, portal.z)
