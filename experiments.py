@@ -288,8 +288,8 @@ class Steps:
             self.source(seed), self.ports(), (eval, ["--methods", ",".join(m for m in METHODS if m != "lora_iso")])])
 
     def sweep(self, seed):
-        """On the last of the targets, the one of another family; and what that changes, of the same number of parameters:
-        P_in aligned, and the write-up's weights of the losses."""
+        """On the last of the targets, the one of another family. The port as shipped, then with P_in aligned, with losses
+        divided (write-up), and of all modules."""
         self.do("main", "", f"seed{seed}", [self.source(seed)])
         target, counts = self.targets[-1], ",".join(map(str, self.chosen.sweep))
         ports = (port, ["--overwrite", "--to", target, "--n", counts, *self.data])
