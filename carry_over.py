@@ -176,11 +176,11 @@ def measure(out, base, adapters, rows, cell):
     items, _ = encode(base.tokenizer, [row for own in rows.values() for row in own], tasks)
     with torch.no_grad():
         cells = evaluate(base, adapters(), items, MAX_TOKENS)
-    seconds = round((time.time() - start) / len(cells), 3)
+    seconds, made = round((time.time() - start) / len(cells), 3), commit()
     append_jsonl(out / "results.jsonl", *(dict(
         experiment=cell["variant"] if cell["variant"] in ("trained", "choice") else "carry", **cell, base=base.name,
         role="unseen" if base.name == grid.TARGET else "seen", task=tasks[t], select="best", acc_norm=c["acc_norm"],
-        log_loss=c["log_loss"], rows=c["rows"], seconds=seconds, correct=pack(c["correct"]), commit=commit())
+        log_loss=c["log_loss"], rows=c["rows"], seconds=seconds, correct=pack(c["correct"]), commit=made)
         for t, c in cells.items()))
     print(f"{base.name}, {cell['training_tasks']} tasks {cell['recipe']} {cell['variant'] or cell['method']}: acc_norm "
           f"{sum(c['acc_norm'] for c in cells.values()) / len(cells):.3f}", flush=True)

@@ -141,9 +141,8 @@ def watched(path, every=25):
             for base in bases:
                 adapters = generate(base.name)
                 losses, gradients = train.task_gradients(base, adapters, items[base.name], max_tokens)
-                weights = torch.ones_like(losses)
-                if running:                                                          # the round itself takes them in below
-                    weights = copy.copy(running[base.name]).weights(losses)
+                # A copy of the mean: the round itself takes these losses in below.
+                weights = copy.copy(running[base.name]).weights(losses) if running else torch.ones_like(losses)
                 own = []
                 for t, weight in enumerate(weights):
                     alone = [weight * F.one_hot(torch.tensor(t), len(g)).view(-1, 1, 1, 1) * g for g in gradients]

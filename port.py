@@ -57,6 +57,7 @@ def align(converter, base, like, source, texts):
     """
     modules = list(converter.P_in)
     XX, XY = dict.fromkeys(modules, 0), dict.fromkeys(modules, 0)
+    source_P = {m: like.P_in[m].double() for m in modules}                           # [d_c, d_in of the source]
     for text in tqdm(texts, desc=f"aligning {base.name} with {source.name}", unit="text", delay=2, leave=False, disable=NO_BAR):
         (x, ends), (source_x, source_ends) = readings(base, text, modules), readings(source, text, modules)
         shared = sorted(ends.keys() & source_ends.keys())
@@ -65,7 +66,7 @@ def align(converter, base, like, source, texts):
             for layer in range(base.layers):
                 twin = same_depth(layer, base.layers, source.layers)
                 X = x[m, layer][at].double()                                         # [S, d_in]
-                Y = source_x[m, twin][source_at].double() @ like.P_in[m].double().T  # [S, d_c]
+                Y = source_x[m, twin][source_at].double() @ source_P[m].T            # [S, d_c]
                 XX[m], XY[m] = XX[m] + X.T @ X, XY[m] + X.T @ Y
     for m, P_in in converter.P_in.items():
         ridge = 1e-2 * XX[m].diagonal().mean() * torch.eye(len(XX[m]), dtype=torch.float64, device=base.device)

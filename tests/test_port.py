@@ -14,7 +14,7 @@ TEXTS = ["w1 w22 w3 Answer :", "w40 w4", "w7 w8 w9 w10 w11 w7"]
 
 
 def letters():
-    """A tokenizer that cuts every text into single characters, behind a BOS."""
+    """A tokenizer that cuts every text into single characters."""
     tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate("_w0123456789 Answer:")}, unk_token="_"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="_", eos_token="_")
