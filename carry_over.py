@@ -104,9 +104,10 @@ def around(portal, noise, mix):
     """`generate` for a fit, at points around the latents. Scoring, where nothing is learned, decodes the latents themselves."""
     def generate(base):
         z, T = portal.z, len(portal.z)
-        if mix and torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             z = z.lerp(z[torch.randperm(T)], mix * torch.rand(T, 1))                 # [T, d_z]
-        with latents(portal, z + noise * torch.is_grad_enabled() * torch.randn_like(z)):
+            z = z + noise * torch.randn_like(z)
+        with latents(portal, z):
             return portal.adapters(base)
     return generate
 
