@@ -7,6 +7,7 @@ import torch
 from conftest import save_tiny
 from test_cli import QUICK, TRAIN, command, edit, fingerprint, one_line, small, trained  # noqa: F401 (fixtures)
 
+import baselines.cross_lora  # noqa: F401 (eval.py would import it, with its `evaluate`, only once the steps are counted)
 import cli, eval as evaluation, port, resume, train
 
 forks = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA does not survive a fork")
