@@ -232,7 +232,7 @@ class Steps:
         self.done = read_json(self.path) if self.path.exists() else {}
         text = lambda value: ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value or "")
         self.given = {key: text(getattr(chosen, key)) for key in
-                      ("bases", "to", "data", "aside", "sweep", "train", "port", "eval")}
+                      ("bases", "to", "data", "aside", "sweep", "train", "add", "port", "eval")}
         hold_to(self.out / "flags.json", self.given)
 
     def run(self, name):
@@ -243,7 +243,7 @@ class Steps:
         step = self.done.setdefault(name, dict(experiment=experiment, variant=variant, commands=[], commits=[]))
         finished = step["commands"]
         for module, flags in commands:
-            more = shlex.split(getattr(self.chosen, module.__name__))
+            more = shlex.split(getattr(self.chosen, "add" if "--add-task" in flags else module.__name__))
             line = " ".join([f"python {module.__name__}.py", *flags, *more])
             if line in finished:
                 continue
@@ -452,8 +452,8 @@ def main(argv=None):
     parser.add_argument("--aside", type=commas(pathlib.Path), metavar="DIR,DIR",
                         help="folders of the tasks of `aside` (default: the toy's two)")
     parser.add_argument("--sweep", type=commas(positive(int)), default=SWEEP, metavar="N,N", help="rows a task of `sweep`")
-    for name in ("train", "port", "eval"):
-        parser.add_argument(f"--{name}", default="", metavar="FLAGS", help=f"more flags for {name}.py, in quotes")
+    for name, command in dict(train="train.py", add="train.py --add-task", port="port.py", eval="eval.py").items():
+        parser.add_argument(f"--{name}", default="", metavar="FLAGS", help=f"more flags for {command}, in quotes")
     parser.add_argument("--out", type=pathlib.Path, default=OUT / "experiments", metavar="DIR", help="(default: %(default)s)")
     args = parser.parse_args(argv)
     for name in args.experiments:

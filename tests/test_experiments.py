@@ -17,7 +17,7 @@ from train import EMA, portal_learner, task_gradients
 
 
 def flags(tmp_path, **changes):
-    plain = dict(out=tmp_path, bases=None, to=None, data=None, aside=None, sweep=(8,), train="", port="", eval="")
+    plain = dict(out=tmp_path, bases=None, to=None, data=None, aside=None, sweep=(8,), train="", add="", port="", eval="")
     return SimpleNamespace(**{**plain, **changes})
 
 
@@ -80,14 +80,16 @@ def test_a_task_aside_and_its_controls(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "main", main(module))
     monkeypatch.setattr(experiments, "kind_of", lambda spec: "qwen3")
     monkeypatch.setattr(experiments, "count", lambda *args: None)
-    chosen = flags(tmp_path, bases=["./source"], to=["./target"], aside=[tmp_path / "three", tmp_path / "four"])
+    chosen = flags(tmp_path, bases=["./source"], to=["./target"], aside=[tmp_path / "three", tmp_path / "four"],
+                   train="--tasks one,two", add="--lr 5e-3")                         # two uses of train.py, flags of their own
     experiments.Steps(chosen).aside(0)
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     found = {row["variant"]: (row["z"], row["training_tasks"], row["experiment"]) for row in rows}
     assert found == {name: ([1, 3, *new], 2, "carry") for name, new in dict(
         carried=(12, 13), mean=(2, 2), target=(12, 13)).items()} | {"shuffled": ([13, 1, 3, 12], 2, "carry")}
-    on_target = [argv[-2:] for name, run, argv in started if "--add-task" in argv and run == "aside-on-target-seed0"]
-    assert on_target == [["--bases", "./target"]] * 2
+    on_target = [argv[-4:] for name, run, argv in started if "--add-task" in argv and run == "aside-on-target-seed0"]
+    assert on_target == [["--bases", "./target", "--lr", "5e-3"]] * 2
+    assert [argv[-2:] for name, _, argv in started if "--seed" in argv] == [["--tasks", "one,two"]]
 
 
 def fit_once(patch):
