@@ -100,6 +100,7 @@ ABLATIONS = {
     "rank 16": (["--rank", "16"], [], False),
     "d_c 64": ([], [lambda: sizes(d_c=64)], False),
     "d_c 1024": ([], [lambda: sizes(d_c=1024)], False),
+    "d_c 1024, gain .1": ([], [lambda: sizes(d_c=1024, gain=0.1)], False),
     "port: P_in aligned": (["--align"], [], True),
     "port: e at random, lr 1e-3 (write-up)": (["--lr", "1e-3"], [lambda: ported_from(lambda c: c.e.normal_())], True),
     "port: e at random": ([], [lambda: ported_from(lambda c: c.e.normal_())], True),
@@ -126,7 +127,6 @@ COMPETITION = {
     "as printed, d_z 256, hidden 512": (PRINTED, [with_ema, lambda: sizes(d_z=256, hidden=512)]),
     "as printed, three times the epochs": ([*PRINTED, "--epochs", "12"], [with_ema]),
     "as shipped, losses divided by their EMA": ([], [with_ema]),
-    "as shipped, all seven modules": (["--modules", "all"], []),
 }
 
 
@@ -404,8 +404,9 @@ class Steps:
             if not path.exists() or not (self.run(name) / "portal.json").exists():
                 continue
             records = map(json.loads, path.read_text().splitlines())
-            records = {(r["round"], r["base"]): r for r in records}.values()         # after a kill some come twice
-            last = [r for r in records if r["round"] > max(r["round"] for r in records) / 2]
+            records = {(r["round"], r["base"]): r for r in records}                  # after a kill some come twice
+            half = max(number for number, _ in records) / 2
+            last = [r for r in records.values() if r["round"] > half]
             norms, cosines = (torch.tensor([r[key] for r in last]) for key in ("norms", "cosines"))  # [records, T]
             norms = norms / norms.mean(1, keepdim=True)
             for task, norm, cosine in zip(load_config(self.run(name))[1].tasks, norms.T, cosines.T):

@@ -234,9 +234,13 @@ def comparison(where, role, names, rows, about, folder, notes):
         used += rows_of(methods)
         if len(measured[0]) > len(measured[1]):
             notes.append(f"{base}: no interval where results.jsonl does not say which rows were right.")
+        unlifted = [task for (task, m), lift in task_lifts(rows, methods, base, n).items() if m == "lora" and lift is None]
         if {"base", "lora"} <= set(methods) and share(measured, "lora") is None:
             notes.append(f"{base}: \"-\", for the LoRA's own gain is smaller than the half-width of its 95% interval; a "
                          "share of it says nothing.")
+        elif unlifted:
+            notes.append(f"{base}: on {', '.join(unlifted)} the LoRA gains less than the half-width of its interval; what "
+                         "others gain or lose there is part of their macro lift all the same.")
     if not used:
         raise BadInput(f"no rows of experiment 'main', role {role!r}, n = {n}, for {where} in about.json "
                        f"({', '.join(map(str, about.get(where, ()))) or 'which names none'})")
@@ -249,6 +253,16 @@ def comparison(where, role, names, rows, about, folder, notes):
 def reached(curve, bar):
     """curve: {n: mean accuracy} -> the smallest n that comes up to `bar`, or None"""
     return min((n for n, acc in curve.items() if acc >= bar - 1e-9), default=None)
+
+
+def reached_a_seed(points, series, lora):
+    """-> [n, a seed]: the first that is within TOLERANCE of the plateau of the seed's own LoRA"""
+    accs = {s: {} for s in (series, lora)}                                           # {series: {seed: {n: accuracy}}}
+    for (s, n), seeds in points.items():
+        for seed, acc in macro(seeds).items() if s in accs else ():
+            accs[s].setdefault(seed, {})[n] = acc
+    return [reached(curve, max(accs[lora][seed].values()) - TOLERANCE) or "-"
+            for seed, curve in sorted(accs[series].items()) if seed in accs[lora]]
 
 
 def noted(about, *path):
@@ -300,8 +314,8 @@ def sweep(rows, about, folder, notes):
             notes.append(f"{base}: no LoRA in the sweep, so no plateau.")
             continue
         main += [f"{base}: the LoRA's plateau, the maximum over n of its mean acc_norm, is {plateau:.3f}.", "",
-                 *header("series", "parameters", "n at the plateau", f"n within {TOLERANCE} of it", "tokens of that fit",
-                         "its FLOPs", "log-loss below the LoRA's")]
+                 *header("series", "parameters", "n at the plateau", f"n within {TOLERANCE} of it", "seed by seed",
+                         "tokens of that fit", "its FLOPs", "log-loss below the LoRA's")]
         for s in series:
             def beside(what, form):
                 """A number of the fit that reached the plateau, and how many times as much it is for the LoRA."""
@@ -311,13 +325,15 @@ def sweep(rows, about, folder, notes):
                 return "not reached" if first[s] is None else "not measured" if mine is None else f"{mine:{form}}{times}"
             below = [loss[s][n] < loss[lora][n] for n in loss[s] if n in loss[lora]]
             main.append(line(called(*s), noted(about, "parameters", base, called(*s)) or "not measured",
-                             reached(acc[s], plateau) or "not reached", beside("n", ""), beside("tokens", ","),
-                             beside("flops", ".3g"), "-" if s == lora else f"{sum(below)} of {len(below)} n"))
+                             reached(acc[s], plateau) or "not reached", beside("n", ""),
+                             ", ".join(map(str, reached_a_seed(points, s, lora))), beside("tokens", ","), beside("flops", ".3g"),
+                             "-" if s == lora else f"{sum(below)} of {len(below)} n"))
     if not used:
         raise BadInput("no rows of experiment 'sweep' with role 'unseen'")
     notes.append(f"Stars: the first n whose mean acc_norm is within {TOLERANCE} of the LoRA's plateau. (2x): the LoRA "
-                 "takes twice as much to get there. ± and error bars: sd over seeds. What aligns a port before its first step, "
-                 "a forward pass of at most 1,000 prompts on two bases and least squares, is not counted.")
+                 "takes twice as much to get there. Seed by seed: as near to the plateau of the same seed's LoRA. ± and error "
+                 "bars: sd over seeds. What aligns a port before its first step, a forward pass of at most 1,000 prompts on two "
+                 "bases and least squares, is not counted.")
     return main[1:], ["", *searches(about, ("portal", "lora", "lora iso"))], used
 
 
@@ -360,7 +376,8 @@ def ablations(name, rows, about, folder, notes):
         shown = "as shipped" if name == shipped else called(*name).removeprefix("portal ")
         main.append(line(shown, len(seeds), *columns, worst(name)))
     notes.append("Means over the bases of their macro averages, ± sd over seeds; differences to \"as shipped\", paired by "
-                 f"seed, on the same bases. Sources: n = {sizes['seen']}; ported: n = {sizes['unseen']}.")
+                 f"seed, on the same bases. Sources: n = {sizes['seen']}; ported: n = {sizes['unseen']}. The worst task is "
+                 "looked up on these evaluation rows, so its figure is a little too low.")
     return main, [], [row for bases in found.values() for methods in bases.values() for row in rows_of(methods)]
 
 
@@ -427,6 +444,8 @@ def carry(rows, about, folder, notes):
             methods = {m: by_seed(of(here, method=m, n=k) or of(rows, base=base, method=m, n=k))
                        for m, k in (("base", 0), ("lora", n))}                       # whose rows may not depend on T
             methods |= {name: by_seed(of(here, method="portal", variant=v, n=n)) for v, name in CARRIED.items()}
+            methods = {m: {seed: tasks for seed, tasks in seeds.items() if seed in methods["carried z"]}
+                       for m, seeds in methods.items()}
             found = comparable(methods, notes, f"{label}, {T} training tasks")
             if "carried z" not in found:
                 continue

@@ -55,6 +55,8 @@ def test_train_port_eval(trained, capsys):
     rows = [json.loads(line) for line in (trained / "results.jsonl").read_text().splitlines()]
     assert set(rows[0]) == {"method", "base", "role", "task", "seed", "n", "select", "acc_norm", "log_loss", "rows", "seconds", "correct"}
     assert {(r["method"], r["base"]) for r in rows} == {(m, b) for m in evaluation.METHODS for b in ("base-a", "base-b", "base-c")}
+    bare = [(r["task"], r["select"]) for r in rows if (r["method"], r["base"]) == ("base", "base-c")]
+    assert len(bare) == len(set(bare)) == 6                                          # once, not once a sample
     assert {r["role"] for r in rows if r["base"] == "base-c"} == {"unseen"} and {r["n"] for r in rows if r["base"] == "base-c"} == {0, 4, 8}
     assert {"results.md", "base-a-n8.png", "base-c-n4.png", "base-c-n8.png"} <= set(os.listdir(trained))
     assert set(os.listdir(trained / "baselines")) == {*evaluation.METHODS} - {"base", "portal"}

@@ -152,6 +152,9 @@ def test_no_share_of_a_gain_that_may_be_nothing(tmp_path):
             for shift, m in enumerate(("base", "lora", "portal"))]
     text = made("6.1", save(tmp_path, rows))
     assert cells(text, "src", "portal")[-1] == "-" and "src: \"-\", for the LoRA's own gain is smaller" in text
+    rows += [row(m, "src", "two", 0, share_right(p)) for m, p in (("base", 0.1), ("lora", 0.9), ("portal", 0.5))]
+    text = made("6.1", save(tmp_path, rows))
+    assert cells(text, "src", "portal")[-1] != "-" and "src: on one the LoRA gains less than the half-width" in text
 
 
 def test_rows_that_do_not_say_what_was_right(tmp_path):
@@ -197,10 +200,12 @@ def test_sweep(tmp_path, drawings):
     assert cells(first, "lora")[1:] == ["0.250 ± 0.071", "0.600 ± 0.141", "0.800 ± 0.000"]
     second, reach = second.split("mean acc_norm, is 0.800.")
     assert cells(second, "lora iso")[1:] == ["1.100 ± 0.000", "2.000 ± 0.000", "-"]
-    assert cells(reach, "portal") == ["portal", "123", "100", "10 (100x)", "5,000 (400x)", "2e+09", "2 of 2 n"]
-    assert cells(reach, "portal all modules")[1:] == ["456", "100", "100 (10x)", "not measured", "not measured", "2 of 2 n"]
-    assert cells(reach, "lora")[1:] == ["not measured", "1000", "1000", "2,000,000", "not measured", "-"]
-    assert cells(reach, "lora iso")[2:] == ["not reached"] * 4 + ["0 of 2 n"] and "; selected epoch;" in text
+    assert cells(reach, "portal") == ["portal", "123", "100", "10 (100x)", "100, 10", "5,000 (400x)", "2e+09", "2 of 2 n"]
+    assert cells(reach, "portal all modules")[1:] == ["456", "100", "100 (10x)", "100, 100", "not measured", "not measured",
+                                                        "2 of 2 n"]
+    assert cells(reach, "lora")[1:] == ["not measured", "1000", "1000", "1000, 1000", "2,000,000", "not measured", "-"]
+    assert cells(reach, "lora iso")[2:] == [*["not reached"] * 2, "-, -", *["not reached"] * 2, "0 of 2 n"]
+    assert "; selected epoch;" in text
     axes, = [figure.axes for figure in drawings]
     for side, ys in zip(axes, ((0.795, 0.8, 0.8), (0.1, 1, 11))):
         stars = [tuple(line.get_xydata()[0]) for line in side.lines if line.get_marker() == "*"]
@@ -256,6 +261,7 @@ def test_carry(tmp_path, drawings):
                 training_tasks=T, recipe="wide")
             for T, gain in ((2, 0.1), (8, 0.3)) for v, p in levels.items() for seed in (0, 1)]
     rows += [row(m, "far", "one", 0, share_right(p, 100), 50, experiment="carry") for m, p in (("base", 0.2), ("lora", 0.8))]
+    rows.append(row("lora", "far", "one", 7, share_right(0.1, 100), 50, experiment="carry"))  # a seed in which nothing was carried
     rows += [row("portal", "far", "two", 0, share_right(p), experiment="choice", variant="choice", recipe=recipe)
              for recipe, p in (("", 0.5), ("wide", 0.6))]
     text = made("carry", save(tmp_path, rows))
