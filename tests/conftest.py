@@ -1,5 +1,5 @@
 """Tiny random models in the real architectures, a word tokenizer, and a plain forward pass to compare with."""
-import os, pathlib, sys
+import os, pathlib, signal, sys
 
 import torch
 
@@ -19,6 +19,7 @@ import cli
 from bases import Base
 
 torch.set_num_threads(1)  # tiny tensors: two threads would spend their time waiting for each other
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with Ctrl-C ignored
 
 
 def pytest_configure(config):
