@@ -401,9 +401,10 @@ def main(argv=None):
             held_out = [row for _, held_out in train_rows_of(tag).values() for row in held_out[:cross_lora.HELD]]
             cross_lora.transfer_all(run, tag, base, base_of(source), p["seed"],
                                     encode(base.tokenizer, held_out, cfg.tasks)[0], max_tokens)
-        for method in methods if source else [m for m in methods if m not in TRANSFERS]:  # the bare base, whatever n, once
-            measure(run, method, tag if method != "base" else base.name, base, items, cfg.tasks, max_tokens, journal, dict(
-                role="seen" if base.name in seen else "unseen", seed=p["seed"], n=0 if method == "base" else p["n"]))
+        for method in methods if source else [m for m in methods if m not in TRANSFERS]:
+            part, n = (base.name, 0) if method == "base" else (tag, p["n"])          # the bare base: once, whatever n
+            measure(run, method, part, base, items, cfg.tasks, max_tokens, journal, dict(
+                role="seen" if base.name in seen else "unseen", seed=p["seed"], n=n))
         journal.add(tag)                                                             # and the base need not be loaded again
     if args.show or RANK:
         return

@@ -234,8 +234,11 @@ def comparison(where, role, names, rows, about, folder, notes):
         used += rows_of(methods)
         if len(measured[0]) > len(measured[1]):
             notes.append(f"{base}: no interval where results.jsonl does not say which rows were right.")
-        unlifted = [task for (task, m), lift in task_lifts(rows, methods, base, n).items() if m == "lora" and lift is None]
-        if {"base", "lora"} <= set(methods) and share(measured, "lora") is None:
+        if not {"base", "lora"} <= set(methods):
+            continue
+        lifts = task_lifts(rows, {"lora": methods["lora"]}, base, n)
+        unlifted = [task for (task, _), lift in lifts.items() if lift is None]
+        if share(measured, "lora") is None:
             notes.append(f"{base}: \"-\", for the LoRA's own gain is smaller than the half-width of its 95% interval; a "
                          "share of it says nothing.")
         elif unlifted:
@@ -255,14 +258,12 @@ def reached(curve, bar):
     return min((n for n, acc in curve.items() if acc >= bar - 1e-9), default=None)
 
 
-def reached_a_seed(points, series, lora):
-    """-> [n, a seed]: the first that is within TOLERANCE of the plateau of the seed's own LoRA"""
-    accs = {s: {} for s in (series, lora)}                                           # {series: {seed: {n: accuracy}}}
-    for (s, n), seeds in points.items():
-        for seed, acc in macro(seeds).items() if s in accs else ():
-            accs[s].setdefault(seed, {})[n] = acc
-    return [reached(curve, max(accs[lora][seed].values()) - TOLERANCE) or "-"
-            for seed, curve in sorted(accs[series].items()) if seed in accs[lora]]
+def reached_a_seed(own, lora):
+    """own, lora: {n: {seed: accuracy}} -> [n, a seed]: the first that is within TOLERANCE of the plateau of the seed's LoRA"""
+    def curve(series, seed):
+        return {n: accs[seed] for n, accs in series.items() if seed in accs}
+    return [reached(curve(own, seed), max(loras.values()) - TOLERANCE) or "-"
+            for seed in sorted({seed for accs in own.values() for seed in accs}) if (loras := curve(lora, seed))]
 
 
 def noted(about, *path):
@@ -273,10 +274,10 @@ def noted(about, *path):
 
 
 def curves(points, key):
-    """points: {(series, n): seeds} -> {series: {n: [macro average a seed]}}"""
+    """points: {(series, n): seeds} -> {series: {n: {seed: macro average}}}"""
     found = {}
     for (series, n), seeds in points.items():
-        found.setdefault(series, {})[n] = list(macro(seeds, key).values())
+        found.setdefault(series, {})[n] = macro(seeds, key)
     return found
 
 
@@ -293,7 +294,7 @@ def sweep(rows, about, folder, notes):
             continue
         used += rows_of(points)
         found = {what: curves(points, what) for what in ("acc_norm", "log_loss")}
-        mean = {what: {s: {n: fmean(v) for n, v in by_n.items()} for s, by_n in by_series.items()}
+        mean = {what: {s: {n: fmean(v.values()) for n, v in by_n.items()} for s, by_n in by_series.items()}
                 for what, by_series in found.items()}
         acc, loss = mean.values()
         plateau = max(acc.get(lora, {}).values(), default=float("inf"))
@@ -302,8 +303,8 @@ def sweep(rows, about, folder, notes):
             for axes, (what, by_series) in zip(both, found.items()):
                 main += ["", f"{base}, {what}:", "", *header("series", *(f"n = {n}" for n in grid))]
                 for s, by_n in by_series.items():
-                    main.append(line(called(*s), *(spread(by_n.get(n, ())) for n in grid)))
-                    center, sd = mean[what][s], {n: stdev(v) if len(v) > 1 else 0 for n, v in by_n.items()}
+                    main.append(line(called(*s), *(spread(by_n.get(n, {}).values()) for n in grid)))
+                    center, sd = mean[what][s], {n: stdev(v.values()) if len(v) > 1 else 0 for n, v in by_n.items()}
                     color = curve(axes, [(n, y, y - sd[n], y + sd[n]) for n, y in center.items()], called(*s))
                     if first[s]:
                         axes.plot(first[s], center[first[s]], "*", markersize=18, color=color)
@@ -326,7 +327,8 @@ def sweep(rows, about, folder, notes):
             below = [loss[s][n] < loss[lora][n] for n in loss[s] if n in loss[lora]]
             main.append(line(called(*s), noted(about, "parameters", base, called(*s)) or "not measured",
                              reached(acc[s], plateau) or "not reached", beside("n", ""),
-                             ", ".join(map(str, reached_a_seed(points, s, lora))), beside("tokens", ","), beside("flops", ".3g"),
+                             ", ".join(map(str, reached_a_seed(*(found["acc_norm"][t] for t in (s, lora))))),
+                             beside("tokens", ","), beside("flops", ".3g"),
                              "-" if s == lora else f"{sum(below)} of {len(below)} n"))
     if not used:
         raise BadInput("no rows of experiment 'sweep' with role 'unseen'")
