@@ -16,7 +16,7 @@ together, and most of it cancels in the recovered lift, (acc - base) / (LoRA - b
 
 Below, `seeds` is what one method measured on one base, {seed: {task: row}}, and `methods` is {method: seeds}.
 """
-import functools, json
+import functools, itertools, json
 from statistics import fmean, stdev
 
 import numpy as np
@@ -282,7 +282,8 @@ def curves(points, key):
 
 
 def sweep(rows, about, folder, notes):
-    rows, main, used, lora = of(experiment(rows, "sweep", "best"), role="unseen"), [], [], ("lora", "")
+    rows, lora = of(experiment(rows, "sweep", "best"), role="unseen"), ("lora", "")
+    main, details, used = [], [], []
     rows = [row for row in rows if row["n"]]                                         # without the bare base
     for base in dict.fromkeys(row["base"] for row in rows):
         own = of(rows, base=base)
@@ -293,6 +294,10 @@ def sweep(rows, about, folder, notes):
         if not points:
             continue
         used += rows_of(points)
+        details += ["", f"## {base}: acc_norm a task", "", *header("task", "n", *(called(*s) for s in series))]
+        for task, n in itertools.product(tasks_of(points), grid):
+            accs = [[cells[task]["acc_norm"] for cells in points.get((s, n), {}).values()] for s in series]
+            details.append(line(task, n, *map(spread, accs)))
         found = {what: curves(points, what) for what in ("acc_norm", "log_loss")}
         mean = {what: {s: {n: fmean(v.values()) for n, v in by_n.items()} for s, by_n in by_series.items()}
                 for what, by_series in found.items()}
@@ -336,7 +341,7 @@ def sweep(rows, about, folder, notes):
                  "takes twice as much to get there. Seed by seed: as near to the plateau of the same seed's LoRA. ± and error "
                  "bars: sd over seeds. What aligns a port before its first step, a forward pass of at most 1,000 prompts on two "
                  "bases and least squares, is not counted.")
-    return main[1:], ["", *searches(about, ("portal", "lora", "lora iso"))], used
+    return main[1:], [*details, "", *searches(about, ("portal", "lora", "lora iso"))], used
 
 
 # ---------------------------------------------------------------------------------------------- ablations, tasks, carry

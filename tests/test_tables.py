@@ -206,6 +206,8 @@ def test_sweep(tmp_path, drawings):
     assert cells(reach, "lora")[1:] == ["not measured", "1000", "1000", "1000, 1000", "2,000,000", "not measured", "-"]
     assert cells(reach, "lora iso")[2:] == [*["not reached"] * 2, "-, -", *["not reached"] * 2, "0 of 2 n"]
     assert "; selected epoch;" in text
+    assert "| one | 100 | 0.900 ± 0.000 | 0.800 ± 0.000 | 0.600 ± 0.141 | 0.300 ± 0.000 |" in reach  # a task
+    assert "| one | 1000 | - | - | 0.800 ± 0.000 | - |" in reach
     axes, = [figure.axes for figure in drawings]
     for side, ys in zip(axes, ((0.795, 0.8, 0.8), (0.1, 1, 11))):
         stars = [tuple(line.get_xydata()[0]) for line in side.lines if line.get_marker() == "*"]
