@@ -119,6 +119,11 @@ def macro(seeds, key="acc_norm"):
     return {seed: fmean(row[key] for row in tasks.values()) for seed, tasks in seeds.items()}
 
 
+def on_task(seeds, task):
+    """-> [accuracy on one task, a seed]"""
+    return [cells[task]["acc_norm"] for cells in seeds.values()]
+
+
 def replicates(methods):
     """-> {method: [R] macro accuracy, mean over its seeds}; without methods whose rows do not say which were right."""
     rng, tasks = np.random.default_rng(0), tasks_of(methods)
@@ -229,8 +234,7 @@ def comparison(where, role, names, rows, about, folder, notes):
                              *[percent(share(measured, m, zero="nothing"))] * (role == "unseen")))
         details += ["", f"## {base}: acc_norm a task, mean over seeds", "", *header("task", *methods)]
         for task in tasks_of(methods):
-            accs = [[cells[task]["acc_norm"] for cells in seeds.values()] for seeds in methods.values()]
-            details.append(line(task, *(f"{fmean(each):.3f}" for each in accs)))
+            details.append(line(task, *(f"{fmean(on_task(seeds, task)):.3f}" for seeds in methods.values())))
         used += rows_of(methods)
         if len(measured[0]) > len(measured[1]):
             notes.append(f"{base}: no interval where results.jsonl does not say which rows were right.")
@@ -259,11 +263,11 @@ def reached(curve, bar):
 
 
 def reached_a_seed(own, lora):
-    """own, lora: {n: {seed: accuracy}} -> [n, a seed]: the first that is within TOLERANCE of the plateau of the seed's LoRA"""
-    def curve(series, seed):
+    """own, lora: {n: {seed: accuracy}} -> [n, a seed]: the first within TOLERANCE of the plateau of the seed's LoRA"""
+    def of_seed(series, seed):
         return {n: accs[seed] for n, accs in series.items() if seed in accs}
-    return [reached(curve(own, seed), max(loras.values()) - TOLERANCE) or "-"
-            for seed in sorted({seed for accs in own.values() for seed in accs}) if (loras := curve(lora, seed))]
+    return [reached(of_seed(own, seed), max(loras.values()) - TOLERANCE) or "-"
+            for seed in sorted({seed for accs in own.values() for seed in accs}) if (loras := of_seed(lora, seed))]
 
 
 def noted(about, *path):
@@ -296,8 +300,7 @@ def sweep(rows, about, folder, notes):
         used += rows_of(points)
         details += ["", f"## {base}: acc_norm a task", "", *header("task", "n", *(called(*s) for s in series))]
         for task, n in itertools.product(tasks_of(points), grid):
-            accs = [[cells[task]["acc_norm"] for cells in points.get((s, n), {}).values()] for s in series]
-            details.append(line(task, n, *map(spread, accs)))
+            details.append(line(task, n, *(spread(on_task(points.get((s, n), {}), task)) for s in series)))
         found = {what: curves(points, what) for what in ("acc_norm", "log_loss")}
         mean = {what: {s: {n: fmean(v.values()) for n, v in by_n.items()} for s, by_n in by_series.items()}
                 for what, by_series in found.items()}
@@ -332,7 +335,7 @@ def sweep(rows, about, folder, notes):
             below = [loss[s][n] < loss[lora][n] for n in loss[s] if n in loss[lora]]
             main.append(line(called(*s), noted(about, "parameters", base, called(*s)) or "not measured",
                              reached(acc[s], plateau) or "not reached", beside("n", ""),
-                             ", ".join(map(str, reached_a_seed(*(found["acc_norm"][t] for t in (s, lora))))),
+                             ", ".join(map(str, reached_a_seed(found["acc_norm"][s], found["acc_norm"][lora]))),
                              beside("tokens", ","), beside("flops", ".3g"),
                              "-" if s == lora else f"{sum(below)} of {len(below)} n"))
     if not used:
@@ -368,7 +371,7 @@ def ablations(name, rows, about, folder, notes):
         if certain:
             (task, base), value = min(certain.items(), key=lambda pair: pair[1][0])
             return f"lift {percent(value)} ({task}, {base})"
-        accs = [(fmean(cells[task]["acc_norm"] for cells in methods[name].values()), f"({task}, {base})")
+        accs = [(fmean(on_task(methods[name], task)), f"({task}, {base})")
                 for base, methods in found["unseen"].items() if name in methods for task in tasks_of(methods)]
         return "acc {:.3f} {}".format(*min(accs)) if accs else "-"
     main = header("variant", "seeds", *(f"{who}: {what}" for who in ("sources", "ported") for what in
