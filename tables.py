@@ -359,23 +359,27 @@ def ablations(name, rows, about, folder, notes):
             own = of(rows, role=role, base=base, n=n)
             methods = comparable({m: by_seed(of(own, method=m[0], variant=m[1])) for m in names}, notes, base)
             found[role].update({base: methods} if methods else {})
-    lifts = {(*key, base): value for base, methods in found["unseen"].items()
-             for key, value in task_lifts(every, methods, base, sizes["unseen"]).items()}
+    lifts = {}                                               # {name: [(whether it is but an accuracy, its value, where)]}
+    for role, bases in found.items():
+        for base, methods in bases.items():
+            each = {(m, seed): {seed: tasks} for m, seeds in methods.items() for seed, tasks in seeds.items()}
+            for (task, (m, seed)), value in task_lifts(every, each, base, sizes[role]).items():
+                known = value or (each[m, seed][seed][task]["acc_norm"],)
+                lifts.setdefault(m, []).append((value is None, known, f"({task}, {base}, seed {seed})"))
+
     def over_bases(role, name, key="acc_norm", beside=shipped):
         """-> {seed: mean over the bases that `beside` was measured on, too}, of the seeds that all of them have"""
         each = [macro(methods[name], key) for methods in found[role].values() if {name, beside} <= set(methods)]
         shared = set.intersection(*map(set, each)) if each else ()
         return {seed: fmean(one[seed] for one in each) for seed in sorted(shared)}
     def worst(name):
-        certain = {(task, base): value for (task, m, base), value in lifts.items() if m == name and value}
-        if certain:
-            (task, base), value = min(certain.items(), key=lambda pair: pair[1][0])
-            return f"lift {percent(value)} ({task}, {base})"
-        accs = [(fmean(on_task(methods[name], task)), f"({task}, {base})")
-                for base, methods in found["unseen"].items() if name in methods for task in tasks_of(methods)]
-        return "acc {:.3f} {}".format(*min(accs)) if accs else "-"
+        if name not in lifts:
+            return "-"
+        unknown, value, where = min(lifts[name])
+        return f"acc {value[0]:.3f} {where}" if unknown else f"lift {percent(value)} {where}"
+
     main = header("variant", "seeds", *(f"{who}: {what}" for who in ("sources", "ported") for what in
-                                        ("acc_norm", "log-loss", "difference in acc_norm")), "worst task of the ported")
+                                        ("acc_norm", "log-loss", "difference in acc_norm")), "worst task of any base and seed")
     for name in names:
         columns = []
         for role in found:
@@ -386,8 +390,9 @@ def ablations(name, rows, about, folder, notes):
         shown = "as shipped" if name == shipped else called(*name).removeprefix("portal ")
         main.append(line(shown, len(seeds), *columns, worst(name)))
     notes.append("Means over the bases of their macro averages, ± sd over seeds; differences to \"as shipped\", paired by "
-                 f"seed, on the same bases. Sources: n = {sizes['seen']}; ported: n = {sizes['unseen']}. The worst task is "
-                 "looked up on these evaluation rows, so its figure is a little too low.")
+                 f"seed, on the same bases. Sources: n = {sizes['seen']}; ported: n = {sizes['unseen']}. The worst task, of "
+                 "the bases with a LoRA on as many rows, is looked up on these evaluation rows, so its figure is a little too "
+                 "low.")
     return main, [], [row for bases in found.values() for methods in bases.values() for row in rows_of(methods)]
 
 

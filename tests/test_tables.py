@@ -234,14 +234,17 @@ def test_ablations(tmp_path):
                                          spread(0.65, 0.75), spread(2 - 13 / 30, 2 - 15 / 30), "-", cells(text, "as shipped")[-1]]
     film, half = cells(text, "no FiLM"), cells(text, "half done")
     assert film[4] == spread(-0.3, -0.3, form="+.3f") and film[7] == spread(-0.2, -0.2, form="+.3f")
-    assert film[-1].startswith("lift 50.0% [") and film[-1].endswith("(two, kin)")   # (.65 - .3) / (1 - .3)
+    assert film[-1].startswith("lift 42.9% [") and film[-1].endswith("(two, kin, seed 0)")  # (.6 - .3) / (1 - .3)
     assert "| base |" not in text and "lora" not in text
     only_one = save(tmp_path, [r for r in rows if (r["method"], r["task"]) != ("lora", "two")])
-    assert cells(made("ablations", only_one), "no FiLM")[-1].startswith("lift 61.1% [")  # (.65 - .1) / (1 - .1): main's LoRA
+    assert cells(made("ablations", only_one), "no FiLM")[-1].startswith("lift 55.6% [")  # (.6 - .1) / (1 - .1): main's LoRA
+    sources = save(tmp_path, rows + [row(m, "src", "one", 0, share_right(p)) for m, p in (("base", 0.3), ("lora", 1.0))])
+    film = cells(made("ablations", sources), "no FiLM")[-1]
+    assert film.startswith("lift 28.6% [") and film.endswith("(one, src, seed 0)")   # (.5 - .3) / (1 - .3)
     loss = f"{2 - 8 / 30:.3f}"
     assert half[1:8] == ["1", "0.400", loss, "-0.400", "0.400", loss, "-0.300"]      # of the ported bases on kin alone
     save(tmp_path, [r for r in rows if r["method"] != "lora"])
-    assert cells(made("ablations", tmp_path), "no FiLM")[-1] == "acc 0.350 (one, far)"
+    assert cells(made("ablations", tmp_path), "no FiLM")[-1] == "acc 0.300 (one, far, seed 0)"
 
 
 def test_tasks(tmp_path):
