@@ -433,7 +433,8 @@ FACTORS = dict.fromkeys(("cross_lora", "copy", "random"), "a factor of .5, 1, 2 
 SEARCHED = {
     "portal": "ports to toy-gemma, seeds 0 and 2, n = 32, 125, 250 and 1,000: e at random or by depth, lr 1e-3, 3e-3 and 1e-2, "
               "e's own lr 3e-2, P_out zero or small random, 56 to 904 rounds, losses divided or not; aligned, seed 0, n = 125: P_in "
-              "frozen or its lr 1e-3, weight decay .1; source training: n = 1,000, norm, gain and losses divided or not.",
+              "frozen or its lr 1e-3, weight decay .1; seeds 0 and 2, n = 64 and 125: noise .1 on z in source training and port; "
+              "source training: n = 1,000, norm, gain and losses divided or not.",
     "lora": "toy-gemma, seeds 0 and 2: lr 1e-3 and 3e-3 and 56 to 224 rounds at n = 32; 112 to 336 rounds at n = 125; 112 to "
             "672 at n = 250.",
     "lora iso": "toy-gemma, seed 2: 224 and 672 rounds at n = 250; else as the LoRA.",
