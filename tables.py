@@ -218,11 +218,12 @@ def searches(about, names):
 # ---------------------------------------------------------------------------------------------- 6.1, 6.2, 6.3
 # Every table: (rows, about, folder, notes) -> its main part, its details, the rows it used. `notes` collects its footnotes.
 def comparison(where, role, names, rows, about, folder, notes):
-    rows, used, details = of(experiment(rows, "main", "best"), role=role, variant=""), [], []
-    n = max((row["n"] for row in rows), default=0)
+    rows, used, details = of(experiment(rows, "main", "best"), role=role), [], []
+    n, variants = max((row["n"] for row in rows), default=0), dict.fromkeys(["", *(row["variant"] for row in rows)])
     main = header("base", "method", "seeds", "acc_norm", "log-loss", "recovered lift", *["retention"] * (role == "unseen"))
     for base in about.get(where, ()):
-        methods = {m: by_seed(of(rows, base=base, method=m, n=0 if m == "base" else n)) for m in names}
+        methods = {called(m, v): by_seed(of(rows, base=base, method=m, variant=v, n=0 if m == "base" else n))
+                   for m in names for v in variants}
         methods = comparable(methods, notes, base)
         if not methods:
             notes.append(f"{base}: not measured.")

@@ -123,6 +123,9 @@ def test_accuracy_sd_lift_and_intervals_equal_plain_loops(tmp_path, monkeypatch)
     assert len(cells(sources, "src", "portal")) == 6 and "`python experiments.py 6.1`; an abacus" in sources
     within = made("6.2", tmp_path)                                                   # rows that say their own commit
     assert "| kin | portal |" in within and "; commit abc1234, 123abcd; seeds 0, 1, 2;" in within
+    longer = [row("portal", "far", task, 0, [True] * N, variant="8 epochs") for task, N in TASKS.items()]
+    assert cells(made("6.3", save(tmp_path, rows + longer)), "far", "portal 8 epochs")[2:4] == ["1", "1.000"]  # a line of its own
+    assert cells(made("6.3", tmp_path), "far", "portal") == cells(text, "far", "portal")
 
 
 def measured(**methods):
