@@ -19,6 +19,7 @@ A delta that suits the source may be too weak or too strong for the target. All 
 on the target's held-out rows, by which the other methods choose their epoch.
 """
 import functools
+import hashlib
 
 import torch
 import torch.nn.functional as F
@@ -79,16 +80,16 @@ def transfer(method, adapters, source, target):
 def transfer_all(run, tag, target, source, seed, held, max_tokens):
     """Carry the source's saved LoRAs over in the three ways and save them as baselines/<method>/<tag>, unless they are
     there already from these very LoRAs. held: items of the target to choose a factor by; without any it is 1."""
-    origin = {"source": source.name, "target": target.origin, "seed": seed,
-              "lora": read_json(run / "baselines" / "lora" / f"{source.name}.json")["date"]}
+    loras = run / "baselines" / "lora" / f"{source.name}.safetensors"
+    origin = {"source": source.name, "target": target.origin, "seed": seed,          # not a date: two fits may share a second
+              "lora": hashlib.sha256(loras.read_bytes()).hexdigest()}
     generator = torch.Generator().manual_seed(seed)
     methods = {"cross_lora": cross_lora, "copy": copy, "random": lambda *args: random(*args, generator)}
     for name, method in methods.items():
         path = run / "baselines" / name / f"{tag}.json"
         if path.exists() and {**read_json(path), "factor": None} == {**origin, "factor": None}:
             continue
-        lora = load_adapters(run / "baselines" / "lora" / f"{source.name}.safetensors", source.device)
-        carried = transfer(method, lora, source, target)
+        carried = transfer(method, load_adapters(loras, source.device), source, target)
         scores = {1: ()}
         for factor in FACTORS if held else ():                                       # of equals the first
             cells = evaluate(target, carried._replace(scale=factor * carried.scale), held, max_tokens)

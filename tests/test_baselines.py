@@ -140,7 +140,6 @@ def test_the_factor_of_a_transfer_is_the_best_on_held_out_rows(tmp_path):
     base, source = tiny_base(name="there"), tiny_base(seed=1, name="here")
     adapters = random_adapters(source, tasks=2)
     save_adapters(tmp_path / "baselines" / "lora" / "here.safetensors", adapters)
-    write_json(tmp_path / "baselines" / "lora" / "here.json", {"date": "today"})
     rows = [row for train, _ in rows_of({"one": 12, "two": 12}).values() for row in train]
     held = encode(base.tokenizer, rows, ["one", "two"])[0]
     transfer_all(tmp_path, "there", base, source, 0, held, 200)
@@ -159,6 +158,10 @@ def test_the_factor_of_a_transfer_is_the_best_on_held_out_rows(tmp_path):
     before = (tmp_path / "baselines" / "copy" / "there.json").stat().st_mtime_ns
     transfer_all(tmp_path, "there", base, source, 0, [], 200)                        # there already
     assert (tmp_path / "baselines" / "copy" / "there.json").stat().st_mtime_ns == before
+    save_adapters(tmp_path / "baselines" / "lora" / "here.safetensors", random_adapters(source, tasks=3))
+    transfer_all(tmp_path, "there", base, source, 0, [], 200)                        # of LoRAs fitted again, in the same second
+    for method in ("cross_lora", "copy", "random"):
+        assert load_adapters(tmp_path / "baselines" / method / "there.safetensors").A["q"].shape[0] == 3
 
 
 def test_the_joint_hypernet_is_source_training_on_the_target(trained):

@@ -238,7 +238,7 @@ def test_a_layer_that_keeps_its_weight_to_itself_is_adapted_all_the_same():
     torch.testing.assert_close(losses, want_losses)
     for got, expected in zip(gradients, want, strict=True):
         assert expected.abs().max() > 1e-4
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)              # sums of terms of size 3
     packed.recompute_layers()
     assert all(torch.equal(a, b) for a, b in zip(gradients, task_gradients(packed, adapters, rows, 1000)[1]))
     for m in MODULES:
