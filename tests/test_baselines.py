@@ -9,7 +9,7 @@ from test_cli import QUICK, command, small, trained  # noqa: F401
 import eval as evaluation, port, train
 from baselines.cross_lora import FACTORS, copy, cross_lora, delta_norm, random, subspace, transfer, transfer_all
 from baselines.lora import TaskLoRAs, iso_sizes
-from cli import read_json, write_json
+from cli import read_json
 from data import Cycle, Row, encode
 from eval import evaluate
 from portal import MODULES, Adapters, Config, Converter, load_adapters, load_portal, same_depth, save_adapters

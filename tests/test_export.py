@@ -45,7 +45,7 @@ def assert_same_logits(load, run, where, dtype, method="portal"):
             model = exact_norms(model) if dtype == torch.float64 else model
             ids = torch.tensor([item.prompt + item.continuations[0]])
             want.append(model(input_ids=ids).logits[0, len(item.prompt) - 1:-1])
-    tolerance = 1e-9 if dtype == torch.float64 else 5e-5
+    tolerance = 1e-9 if dtype == torch.float64 else 2e-5
     torch.testing.assert_close(got, torch.cat(want), rtol=tolerance, atol=tolerance)
     assert (got - without).abs().max() > 0.01                                        # the adapters do something
 
