@@ -1,174 +1,222 @@
-"""Adapters leave: a task on one of the run's bases, as a PEFT LoRA folder or merged into the base's weights.
+"""Writes what a run has learned in the formats of PEFT, transformers and portallib, and reads portallib artifacts.
 
-    python export.py --to toy-gemma --task largest --out out/largest          adapter_config.json, adapter_model.safetensors
+    python export.py --to toy-gemma --task largest --out out/largest          a PEFT folder: config and safetensors
     python export.py --to toy-gemma --task all --out out/adapters             one folder a task
     python export.py --to toy-gemma --task largest --merge --out out/merged   a plain Hugging Face model: W + scale B A
+    python export.py --to toy-gemma --portallib --out out/artifact            latents, core and one base's converter
+    python export.py --artifact DIR --run RUN         a new run, or one more base for a run of the same latents and core
 
-A generated adapter is an ordinary LoRA. What reads LoRA folders or Hugging Face models reads these, without this project.
+Artifacts that were trained together, or refitted from one another, share latents and core bit for bit and so become one
+run. What rows and seed one was fitted with it does not say: --data, --n and --seed record them, else they are null.
 """
-import json, pathlib
+import dataclasses, json, pathlib
 
 import torch
+from torch.nn.utils import parameters_to_vector
 
-from bases import reload_base, resolve
-from cli import BadInput, find_run, first_sentence, new_folder, occupied, parse, read_json, run_main, write_json
-from eval import adapters_of, read_results
-from portal import load_config, provenances, save_tensors
+from bases import lasting, reload_base, resolve
+from data import load_tasks
+from eval import adapters_of
+from runtime.artifact import read_artifact, save_artifact
+from runtime.files import BadInput, read_json, remove, today, write_json, writing
+from runtime.flags import parse, run_main
+from runtime.report import read_results
+from runtime.run_folder import (LOCKS, find_run, load_config, load_portal, lock, new_folder, occupied, provenances,
+                                save_converter, save_portal, save_tensors)
 
-MARK = "Exported by PorTAL"  # in every model card, so that --overwrite replaces nothing else
+MARK = "Exported by PorTAL"  # in every model card: --overwrite replaces only folders that have it
+CARDS = {  # {library: (what the folder holds, the imports that load it, the call)}
+    "peft": ("A LoRA in PEFT's format.", "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM",
+             'model = PeftModel.from_pretrained({base}, "this folder")'),
+    "transformers": ("A LoRA, merged into its base.", "from transformers import AutoModelForCausalLM",
+                     'model = AutoModelForCausalLM.from_pretrained("this folder")'),
+    "portallib": ("Task latents, core and one base's converter, in portallib's format.",
+                  "from portallib import PortalModel", 'portal = PortalModel.from_pretrained("this folder")')}
 
 
-# ---------------------------------------------------------------------------------------------- what the run holds
-def held(run, spec):
-    """(tag, provenance) of a base that the run holds, named by its short name, its id or its folder; <base>@<n> is a
-    smaller sample of a sweep. A base of the same short name from somewhere else is another base."""
+def find_base(run, spec):
+    """Returns (tag, provenance) of the base of the run that `spec` names: short name, id or folder; <base>@<n> is a
+    smaller sample of a sweep. A base of the same short name from somewhere else is another base. Raises BadInput."""
     tags = provenances(run)
     wanted = {spec, str(pathlib.Path(spec).expanduser().resolve())}
     for tag, p in tags.items():
         if tag == spec or tag == p["base"] and wanted & {p["id"], f"{p['id']}@{p['revision']}"}:
             return tag, p
-    raise BadInput(f"--to: base {spec!r} is not in {run}; it holds {', '.join(tags)}; python port.py --to NAME adds one")
+    raise BadInput(f"base {spec!r} is not in {run}; it holds {', '.join(tags)}; python port.py --to NAME adds one")
 
 
 def origin(p):
-    """What everybody else calls the base: its hub id, its folder or its .gguf file."""
-    _, where, _, gguf = resolve(p["id"])
-    return p["id"] if gguf else where
+    """Returns the base's hub id, its folder or its .gguf file."""
+    return p["id"] if p["id"].endswith(".gguf") else resolve(p["id"])[1]
 
 
-def check_free(path, overwrite):
-    """BadInput unless `path` may be written: it is new, it is empty, or --overwrite replaces an earlier export."""
-    if not occupied(path):
-        return
-    readme = path / "README.md"
-    if not readme.is_file() or MARK not in readme.read_text(errors="replace"):
-        raise BadInput(f"{path} is neither empty nor a folder that an export wrote; --out DIR names another")
-    if not overwrite:
-        raise BadInput(f"{path} already holds an export; --overwrite replaces it, --out DIR writes beside it")
-
-
-def write_folder(path, write):
-    """Call `write(new folder)`; it takes the place of `path` when it is whole."""
-    try:
-        with new_folder(path) as folder:
-            write(folder)
-    except OSError as error:
-        raise BadInput(f"{path}: not written ({first_sentence(error)})")
-    print(f"written: {path}")
-
-
-# ---------------------------------------------------------------------------------------------- the model card
-def measured(run, p, method, task):
-    """What results.jsonl says of a task, in words."""
-    results = read_results(run) if (run / "results.jsonl").exists() else {}
-    row = results.get((p["base"], 0 if method == "base" else p["n"], method, "best"), {}).get(task)
-    if row is None or row["seed"] != p["seed"]:
-        return "not measured"
-    return f"{row['acc_norm']:.3f} on {row['rows']} evaluation rows"
-
-
-def card(run, p, method, tasks, library, what, use):
-    """A model card: where this comes from, how well it does, how it is loaded."""
-    facts = {"base": origin(p), "revision of the base": p["revision"], "seen in training": "no" if p["ported"] else "yes",
-             "method": method, "run": run.resolve().name, "training rows a task (n)": p["n"], "seed": p["seed"],
-             "fitted": p["date"]}
+def card(run, p, method, tasks, library):
+    """Returns the text of a model card: where the adapters come from, their acc_norm and how they are loaded."""
+    facts = {"base": origin(p), "revision of the base": p["revision"],
+             "seen in training": "no" if p["ported"] else "yes", "method": method, "run": run.resolve().name,
+             "training rows a task (n)": p["n"], "seed": p["seed"], "fitted": p["date"]}
     added = read_json(run / "portal.json").get("added", {})
+    results = read_results(run) if (run / "results.jsonl").exists() else {}
     for task in tasks:
         if method == "portal" and task in added:
             facts[f"{task} was learned later"] = f"{added[task]['n']} rows on {', '.join(added[task]['bases'])}"
-        facts[f"acc_norm of {task}"] = measured(run, p, method, task)
-        facts[f"the bare base's on {task}"] = measured(run, p, "base", task)
+        for key, n, which in ((f"acc_norm of {task}", p["n"], method), (f"the bare base's on {task}", 0, "base")):
+            row = results.get((p["base"], n, which, "best"), {}).get(task)
+            measured = row and row["seed"] == p["seed"]
+            facts[key] = f"{row['acc_norm']:.3f} on {row['rows']} evaluation rows" if measured else "not measured"
     table = "\n".join(f"| {key} | {'not recorded' if value is None else value} |" for key, value in facts.items())
+    _, where, _, gguf = resolve(p["id"])
+    options = [f", {key}={value!r}" for key, value in (("revision", p["revision"]), ("gguf_file", gguf)) if value]
+    what, imports, use = CARDS[library]
+    use = use.format(base=f"AutoModelForCausalLM.from_pretrained({where!r}{''.join(options)})")
     return (f"---\nbase_model: {json.dumps(origin(p))}\nlibrary_name: {library}\ntags:\n- lora\n- portal\n---\n\n"
             f"# {', '.join(tasks)} on {p['base']}\n\n{what} {MARK}.\n\n"
-            f"| | |\n|---|---|\n{table}\n\n```python\n{use}\n```\n")
+            f"| | |\n|---|---|\n{table}\n\n```python\n{imports}\n\n{use}\n```\n")
 
 
-# ---------------------------------------------------------------------------------------------- the two forms
-def target_modules(base, paths):
-    """PEFT takes a name for every module whose path ends in it. A vision tower has a q_proj, too: where the short names
-    would reach further than the adapters do, the full paths are given."""
-    names = {path.split(".")[-1] for path in paths}
-    reached = {path for path, _ in base.model.named_modules() if path.split(".")[-1] in names}
-    return sorted(names) if reached == set(paths) else list(paths)
+def check_free(path, overwrite):
+    """Raises BadInput unless `path` is new or empty, or holds an earlier export that `overwrite` replaces."""
+    readme = path / "README.md"
+    if occupied(path) and not (readme.is_file() and MARK in readme.read_text(errors="replace")):
+        raise BadInput(f"{path} is neither empty nor a folder that an export wrote; --out DIR names another")
+    if occupied(path) and not overwrite:
+        raise BadInput(f"{path} already holds an export; --overwrite replaces it, --out DIR writes beside it")
 
 
 def save_peft(folder, base, p, adapters, t):
-    """Task t as adapter_config.json and adapter_model.safetensors, PEFT's names and shapes."""
+    """Writes task t as adapter_config.json and adapter_model.safetensors, with PEFT's names and shapes."""
     paths = {path: key for key, path in base.paths().items() if key[0] in adapters.A}
     rank = next(iter(adapters.A.values())).shape[2]
-    tensors = {}
-    for path, (m, layer) in paths.items():
-        tensors[f"base_model.model.{path}.lora_A.weight"] = adapters.A[m][t, layer]  # [r, d_in]
-        tensors[f"base_model.model.{path}.lora_B.weight"] = adapters.B[m][t, layer]  # [d_out, r]
+    # PEFT adapts every module whose path ends in a name that it is given. Where short names would reach other modules,
+    # too (the q_proj of a vision tower), it is given full paths.
+    names = {path.split(".")[-1] for path in paths}
+    reached = {path for path, _ in base.model.named_modules() if path.split(".")[-1] in names}
+    tensors = {f"base_model.model.{path}.lora_{side}.weight": factors[m][t, layer]    # A [r, d_in], B [d_out, r]
+               for path, (m, layer) in paths.items() for side, factors in zip("AB", adapters)}
     save_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
     write_json(folder / "adapter_config.json", dict(
         peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=origin(p), revision=p["revision"],
         r=rank, lora_alpha=round(adapters.scale * rank),                             # PEFT's scale is alpha / r, too
-        target_modules=target_modules(base, paths),
+        target_modules=sorted(names) if reached == set(paths) else list(paths),
         lora_dropout=0.0, bias="none", fan_in_fan_out=False, use_rslora=False, use_dora=False, inference_mode=True))
 
 
 @torch.no_grad()
 def save_merged(folder, model, base, adapters, t):
-    """Task t in the weights of the unpatched `model`; the weights are then put back, for the next task."""
-    before = []
+    """Writes the unpatched `model` of `base` with task t in its weights, W + scale B A; `model` itself is unchanged."""
+    tensors, paths = model.state_dict(), {module: path for path, module in model.named_modules()}
     for m in adapters.A:
-        for layer in range(base.layers):
-            linear = base.linears[layer][m]
-            W, A, B = linear.weight.data, adapters.A[m][t, layer], adapters.B[m][t, layer]
+        for layer, linears in enumerate(base.linears):
+            W, A, B = linears[m].weight, adapters.A[m][t, layer], adapters.B[m][t, layer]
             exact = torch.promote_types(W.dtype, A.dtype)                            # add in float32, then round once
             delta = adapters.scale * B.to(exact) @ A.to(exact)                       # [d_out, d_in]
-            linear.weight.data = (W.to(exact) + delta).to(W.dtype)
-            before.append((linear, W))
-    model.save_pretrained(folder)
+            tensors[f"{paths[linears[m]]}.weight"] = (W.to(exact) + delta).to(W.dtype)
+    model.save_pretrained(folder, state_dict=tensors)
     base.tokenizer.save_pretrained(folder)
-    for linear, W in before:
-        linear.weight.data = W
 
 
-# ---------------------------------------------------------------------------------------------- the command
+def import_artifact(artifact, run, ported=False, n=None, seed=None, data=None, overwrite=False):
+    """Makes a portallib artifact the run folder `run`, or adds its base to a run with the same latents and core.
+    ported: the artifact is a refit. n, seed, data: the rows that it was fitted on, if known. Raises BadInput."""
+    config, portal = read_artifact(artifact)
+    (spec, converter), = portal.converters.items()
+    name = resolve(spec)[0]
+    portal.converters = {name: converter}
+    if data:
+        load_tasks(data, portal.cfg.tasks)                                           # BadInput unless it has every task
+    p = dict(base=name, id=lasting(spec), revision=config.get("base_model_revision"), ported=ported, n=n, seed=seed,
+             data=data and str(data.resolve()), date=None, artifact=str(artifact.resolve()))
+    if occupied(run) and not (run / "portal.json").exists():
+        raise BadInput(f"{run} is neither empty nor a run folder; --run DIR names another")
+    with LOCKS:                                                                      # unlocks at the end: the command
+        lock(run)                                                                    # that goes on with `run` locks it
+        if not (run / "portal.json").exists():
+            with new_folder(run) as folder:
+                save_portal(folder, portal)
+                write_json(folder / "portal.json", dict(config=vars(portal.cfg), bases=[], seed=None, data=None,
+                                                        trained=today()))
+        saved, cfg = load_config(run)
+        mine, its = (parameters_to_vector([x.z, *x.core.parameters()]) for x in (load_portal(run), portal))
+        if dataclasses.replace(portal.cfg, gain=cfg.gain) != cfg or not torch.equal(mine, its):
+            raise BadInput(f"{run} has other tasks, sizes, latents or core than {artifact}; --run DIR names another")
+        provenance = run / "converters" / f"{name}.json"
+        if provenance.exists() and not overwrite:
+            raise BadInput(f"{run} already holds {name}; --overwrite replaces its converter")
+        remove(provenance)                                                           # written last, as in port.py:
+        remove(run / "final" / "converters" / f"{name}.safetensors")                 # without it the rest is ignored
+        save_converter(run, portal, name, name)
+        write_json(provenance, p)
+        known = {key: p[key] if saved[key] is None else saved[key] for key in ("seed", "data")}
+        bases = [b for b in saved["bases"] if b["base"] != name] + [p] * (not ported)
+        write_json(run / "portal.json", {**saved, **known, "bases": bases})
+    print(f"{name}: read from {artifact} into {run}")
+
+
+FORMS = {  # what the command does: (the flags that it needs, the flags that do not go with it)
+    "artifact": ("run", "out to task method merge portallib"),
+    "portallib": ("out to", "task method merge ported n seed data"),
+    "out": ("out to task", "ported n seed data")}
+NEEDED = {"out": "--out DIR (a folder to write) or --artifact DIR (an artifact to read) is required",
+          "run": "--run DIR is needed: the run to make, or to add the artifact's base to",
+          "to": "--to BASE is needed: the base to write, one that the run holds",
+          "task": "--task TASK is needed: the task to write, or 'all'; only --portallib writes without it"}
+
+
+def parse_flags(argv):
+    """Returns the parsed flags. Raises BadInput if one is missing, or does not go with the others."""
+    args = parse(__doc__, "artifact ported data n seed run to task method merge portallib out device dtype overwrite",
+                 argv, to=dict(type=str, metavar="BASE", help="the base to write, one that the run holds"),
+                 n=dict(help="rows a task that the artifact was fitted on"), seed=dict(help="the seed of that fit"),
+                 data=dict(help="the folder of tasks it was fitted on: DIR/<task>/{train,eval}.jsonl"),
+                 overwrite=dict(help="replace the run's converter of that base, or an earlier export in --out"))
+    form = "artifact" if args.artifact else "portallib" if args.portallib else "out"
+    given = {name for name, value in vars(args).items()
+             if value is not None and value is not False and (name, value) != ("method", "portal")}  # its default
+    needed, refused = (names.split() for names in FORMS[form])
+    wrong = [NEEDED[name] for name in needed if name not in given]
+    wrong += [f"--{name} does not go with --{form}" for name in refused if name in given]
+    if wrong:
+        raise BadInput(wrong[0])
+    return args
+
+
 def main(argv=None):
-    args = parse(__doc__, "run to task method merge out device dtype overwrite", argv,
-                 to=dict(type=str, required=True, metavar="BASE", help="a base that the run holds"),
-                 task=dict(required=True), out=dict(required=True),
-                 overwrite=dict(help="replace what an earlier export wrote there"))
+    args = parse_flags(argv)
+    if args.artifact:
+        return import_artifact(args.artifact, args.run, args.ported, args.n, args.seed, args.data, args.overwrite)
     run = find_run(args.run)
     _, cfg = load_config(run)
-    tag, p = held(run, args.to)
-    if args.task not in ("all", *cfg.tasks):
+    if args.portallib and cfg.norm != "none":
+        raise BadInput(f"{run}: its trunk has LayerNorm (norm is {cfg.norm!r}) and a portallib artifact's has none; "
+                       "python train.py --norm none trains one that can be written")
+    tag, p = find_base(run, args.to)
+    if args.task not in (None, "all", *cfg.tasks):
         raise BadInput(f"--task: unknown task {args.task!r}; this run knows {', '.join(cfg.tasks)}, or 'all'")
     if args.method != "portal" and not (run / "baselines" / args.method / f"{tag}.safetensors").exists():
         raise BadInput(f"{run} holds no {args.method} adapters of {tag}; python eval.py --bases {p['base']} makes them")
-    folders = {task: args.out / task for task in cfg.tasks} if args.task == "all" else {args.task: args.out}
-    for folder in folders.values():
+    folders = {args.out: cfg.tasks if args.portallib else [args.task]}
+    if args.task == "all":
+        folders = {args.out / task: [task] for task in cfg.tasks}
+    for folder in folders:
         check_free(folder, args.overwrite)
-    base = reload_base(p, args.device, args.dtype)
-    adapters = adapters_of(run, args.method, tag, base)
-    for task in folders:
-        if cfg.tasks.index(task) >= len(adapters.tensors()[0]):
+    base = reload_base(p, *(["cpu", torch.bfloat16] if args.portallib else [args.device, args.dtype]))
+    adapters = adapters_of(run, args.method, tag, base)                              # BadInput if they do not fit
+    for task in cfg.tasks[len(adapters.tensors()[0]):]:
+        if args.task in (task, "all"):
             raise BadInput(f"{run}: its {args.method} adapters of {tag} are older than its task {task!r}; "
                            f"python eval.py --bases {p['base']} makes them again")
     model = base.unpatch() if args.merge else None
-    _, where, _, gguf = resolve(p["id"])
-    options = {k: v for k, v in (("revision", p["revision"]), ("gguf_file", gguf)) if v}
-    load = f"AutoModelForCausalLM.from_pretrained({', '.join([repr(where), *(f'{k}={v!r}' for k, v in options.items())])})"
-
-    for task, folder in folders.items():
-        def write(new):
-            t = cfg.tasks.index(task)
-            if args.merge:
-                save_merged(new, model, base, adapters, t)
-                text = card(run, p, args.method, [task], "transformers", "A LoRA, merged into its base.",
-                            "from transformers import AutoModelForCausalLM\n\n"
-                            'model = AutoModelForCausalLM.from_pretrained("this folder")')
+    library = "portallib" if args.portallib else "transformers" if args.merge else "peft"
+    for folder, tasks in folders.items():
+        with writing(folder), new_folder(folder) as new:
+            if args.portallib:
+                save_artifact(new, load_portal(run, [tag]), tag, base, origin(p), p["revision"])
+            elif args.merge:
+                save_merged(new, model, base, adapters, cfg.tasks.index(tasks[0]))
             else:
-                save_peft(new, base, p, adapters, t)
-                text = card(run, p, args.method, [task], "peft", "A LoRA in PEFT's format.",
-                            "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-                            f'model = PeftModel.from_pretrained({load}, "this folder")')
-            (new / "README.md").write_text(text)
-        write_folder(folder, write)
+                save_peft(new, base, p, adapters, cfg.tasks.index(tasks[0]))
+            (new / "README.md").write_text(card(run, p, args.method, tasks, library))
+        print(f"written: {folder}")
 
 
 if __name__ == "__main__":

@@ -1,45 +1,43 @@
-"""Porting: latents and core stay as they are; a fresh converter is refitted on a base the run has never seen.
+"""Porting: latents and core stay as they are; a fresh converter is refitted on a base that the run has never seen.
 
     python port.py                                 the toy run, to its two unseen bases
     python port.py --to gemma-3-4b --n 1000        n training rows a task; --n 50,100,200 refits once for each
     python port.py --align                         for few rows: P_in starts by regression on a source base
-    python port.py --dry-run                       what that would take in memory and time
+    python port.py --dry-run                       prints what that would take in memory and time
 
-The port starts at the identity (P_out is zero) and with the layer embeddings of a base that the core knows; it takes
-the training loop as it is: all that differs is what is frozen.
-"""
+A port starts at the identity (P_out is zero) and with the layer embeddings of a source base (portal.Converter). The
+training loop is train.fit: only what is frozen differs. """
 import functools, pathlib
+from typing import Callable, NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from bases import load_base, reload_base, short_names
-from cli import (TOY_UNSEEN, BadInput, commas, find_run, lock, parse, positive, read_json, remove, run_main, today,
-                 write_json)
+from bases import TOY_UNSEEN, load_base, reload_base, short_names
 from data import MAX_LENGTH, load_run_tasks, sample
-from dist import NO_BAR
-from portal import Converter, load_config, load_portal, same_depth, save_converter
-from resume import Journal, command_of, forget
-from train import REAL, TOY, chosen, dry_run, fit, portal_learner, preset, save_states
-
+from portal import Converter, same_depth
+from runtime.distributed import NO_BAR
+from runtime.files import BadInput, read_json, remove, today, write_json
+from runtime.flags import commas, parse, positive, run_main
+from runtime.job import DryRun, Job
+from runtime.resume import Journal, command_of, forget
+from runtime.run_folder import find_run, load_config, load_portal, lock, save_converter
+from train import REAL, TOY, fit, one_round, portal_learner, preset, resolve_settings, save_states
 
 ALIGN = 1000  # texts for `align`, in equal parts of all tasks
 
 
-def state_of(run, tag):
-    return run / ".resume" / f"port-{tag}.safetensors"
-
-
-# ---------------------------------------------------------------------------------------------- where P_in can start
+# ---------------------------------------------------------------------------------------------- P_in at the start
 @torch.no_grad()
-def readings(base, text, modules):
-    """What the projections of `base` read at the S tokens of a text -> ({(m, layer): [S, d_in]}, {character: the token that
-    ends there})."""
+def layer_inputs(base, text, modules):
+    """Returns what the projections of `base` read at the S tokens of a text, {(m, layer): [S, d_in]}, and {position
+    of a character: the token that ends there}."""
     tokens = base.tokenizer(text, return_offsets_mapping=True, truncation=True, max_length=MAX_LENGTH)
     found = {}
-    def reads(key):
+    def record(key):
         return lambda linear, args, y: found.update({key: args[0][0].to(base.device)})
-    hooks = [row[m].register_forward_hook(reads((m, layer))) for layer, row in enumerate(base.linears) for m in modules]
+    hooks = [row[m].register_forward_hook(record((m, layer)))
+             for layer, row in enumerate(base.linears) for m in modules]
     base.model.get_decoder()(input_ids=torch.tensor([tokens.input_ids], device=base.device), use_cache=False)
     for hook in hooks:
         hook.remove()
@@ -48,18 +46,19 @@ def readings(base, text, modules):
 
 @torch.no_grad()
 def align(converter, base, like, source, texts):
-    """Set P_in to where the core is given of `base` what it was given of `source`, a base it was trained on (`like` is that
-    one's converter). Not in the write-up. It takes prompts, but no answers: those are few.
+    """Sets P_in by ridge regression, so that the core gets from `base` what it got from `source`, a base it was
+    trained on; `like` is the source's converter. Not in the write-up. It uses prompts but no answers.
 
-    min over P_in of  sum |P_in x - P_in' x'|^2 + lambda |P_in|^2,  in float64, a module kind at a time: x is what a layer
-    of `base` reads at a token of a text, x' what the source's layer of the same relative depth reads at its token that
-    ends with the same character. Two tokenizers cut a text differently; most words end together.
-    """
+    min over P_in of  sum |P_in x - P_in' x'|^2 + lambda |P_in|^2,  in float64, for each module kind: x is what a
+    layer of `base` reads at a token of a text, x' what the source's layer of the same relative depth reads at the
+    token that ends at the same character. Tokenizers cut texts differently, but most words end at a token's end in
+    both. """
     modules = list(converter.P_in)
     XX, XY = dict.fromkeys(modules, 0), dict.fromkeys(modules, 0)
     source_P = {m: like.P_in[m].double() for m in modules}                           # [d_c, d_in of the source]
-    for text in tqdm(texts, desc=f"aligning {base.name} with {source.name}", unit="text", delay=2, leave=False, disable=NO_BAR):
-        (x, ends), (source_x, source_ends) = readings(base, text, modules), readings(source, text, modules)
+    what = f"aligning {base.name} with {source.name}"
+    for text in tqdm(texts, desc=what, unit="text", delay=2, leave=False, disable=NO_BAR):
+        (x, ends), (source_x, source_ends) = layer_inputs(base, text, modules), layer_inputs(source, text, modules)
         shared = sorted(ends.keys() & source_ends.keys())
         at, source_at = [ends[c] for c in shared], [source_ends[c] for c in shared]
         for m in modules:
@@ -73,71 +72,95 @@ def align(converter, base, like, source, texts):
         P_in.copy_(torch.linalg.solve(XX[m] + ridge, XY[m]).T)                       # [d_c, d_in]
 
 
-# ---------------------------------------------------------------------------------------------- the command
-def port(run, portal, base, tag, rows, n, seed, data, settings, journal, rehearse=False, source=None):
-    """Refit one converter and save it as converters/<tag>; core and latents are bit for bit what they were. `portal`
-    comes with the converters of the bases that the core was trained on; source(name) loads one of these bases, for
-    `align`. `rehearse`: only say what that would take."""
+# ---------------------------------------------------------------------------------------------- one port
+class Change(NamedTuple):
+    """What an ablation hands in: change(converter) before the first step; rates, see train.portal_learner; weigh,
+    step: see train.fit."""
+    change: Callable = lambda converter: None
+    rates: dict = {}
+    weigh: Callable = None
+    step: Callable = one_round
+
+
+def port(job, portal, base, rows, settings, how=Change(), source=None):
+    """Refits a converter for `base` on `rows` {task: (train, held out)}; core and latents stay bit-identical.
+
+    portal: with the converters of the bases that the core was trained on; afterwards with the new one alone.
+    source(name): loads one of these bases, to align P_in with it. Returns the Learner and the name of the base that
+    `source` loaded.
+    """
     frozen = [p.requires_grad_(False) for p in (portal.z, *portal.core.parameters())]
     before = [p.clone() for p in frozen]
-    near = min(portal.converters, key=lambda name: abs(len(portal.converters[name].e) - base.layers),  # in depth;
-               default=None)                                                         # none: all were read as ported
+    # The source base that is nearest in number of layers; none if all of the run's converters were read as ported.
+    near = min(portal.converters, key=lambda name: abs(len(portal.converters[name].e) - base.layers), default=None)
     like = portal.converters.get(near)
-    torch.manual_seed(seed)
-    portal.converters = {base.name: Converter(portal.cfg, base.layers, base.dims, like).to(base.device)}
+    torch.manual_seed(job.seed)
+    converter = Converter(portal.cfg, base.layers, base.dims, like, port=True).to(base.device)
+    how.change(converter)
+    portal.converters = {base.name: converter}
     if source:
         texts = [row.prompt for train, _ in rows.values() for row in train[:max(1, ALIGN // len(rows))]]
-        align(portal.converters[base.name], base, like, source(near), texts)
-    learner = portal_learner(portal, rows, *(settings[k] for k in ("epochs", "batch_size", "lr", "least")))
-    if rehearse:
-        return dry_run(f"port {tag}", [base], portal.adapters, learner, rows, seed, settings)
-    seconds = fit(f"port {tag}", [base], portal.adapters, [learner], rows, seed=seed, log=run / "log.jsonl",
-                  state=state_of(run, tag), frozen=frozen,
-                  **{k: settings[k] for k in ("epochs", "batch_size", "max_tokens")})
+        align(converter, base, like, source(near), texts)
+    learner, job.frozen = portal_learner(portal, rows, settings, how.rates), frozen
+    fit(job, [base], portal.adapters, [learner], rows, how.weigh, how.step)
     assert all(torch.equal(p, b) for p, b in zip(frozen, before)), "the frozen core or latents changed"
+    return learner, near if source else None
 
-    provenance = run / "converters" / f"{tag}.json"                                  # written last: without it the rest
-    remove(provenance)                                                               # does not count as a port
+
+def save_port(run, tag, portal, learner, provenance, journal):
+    """Saves a port as converters/<tag>, selected and last epoch, and records it in the command's journal."""
+    path = run / "converters" / f"{tag}.json"  # written last: without it the other files do not count as a port
+    remove(path)
     remove(run / "final" / "converters" / f"{tag}.safetensors")
-    save_states([learner], settings["epochs"], lambda final: save_converter(run, portal, base.name, tag, final))
+    save_states([learner], provenance["epochs"],
+                lambda final: save_converter(run, portal, provenance["base"], tag, final))
     journal.add(tag)                                                                 # counts only with its provenance
-    write_json(provenance, dict(
-        base=base.name, id=base.origin, revision=base.revision, ported=True, n=n, seed=seed, data=data,
-        epochs=settings["epochs"], epoch_selected=learner.epoch, quantize=base.quantize, seconds=round(seconds, 1),
-        aligned=near if source else None, date=today()))
+    write_json(path, {**provenance, "epoch_selected": learner.epoch, "date": today()})
     forget(state_of(run, tag))
-    print(f"{tag}: epoch {learner.epoch} of {settings['epochs']} selected on held-out rows; saved to {run / 'converters'}")
+    print(f"{tag}: epoch {learner.epoch} of {provenance['epochs']} selected on held-out rows; "
+          f"saved to {run / 'converters'}")
 
 
-def main(argv=None):
+def state_of(run, tag):
+    return run / ".resume" / f"port-{tag}.safetensors"
+
+
+# ---------------------------------------------------------------------------------------------- the command
+def fits_to_do(run, args, journal):
+    """Returns [(base, [(tag, n)])], what the command has still to fit. The fit with the most rows is saved as <base>,
+    the others as <base>@<n>; a converter that the run holds from more rows stays. Raises BadInput for a base that the
+    run holds, unless it may be replaced."""
+    jobs, specs = [], args.to or TOY_UNSEEN
+    for spec, name in zip(specs, short_names(specs)):
+        counts = sorted(args.n or [preset([name])["port"]["n"]])
+        path = run / "converters" / f"{name}.json"
+        if path.exists() and not (args.overwrite or args.dry_run) and name not in journal.done:
+            raise BadInput(f"{run} has already seen {name}: it holds its converter; --overwrite refits it")
+        most = max(counts[-1], (read_json(path)["n"] or 0) if path.exists() and len(counts) > 1 else 0)
+        tags = {name if n == most else f"{name}@{n}": n for n in counts}
+        done = [tag for tag in tags if tag in journal.done and (run / "converters" / f"{tag}.json").exists()]
+        for tag in done:                                                         # by this command, before it was killed
+            forget(state_of(run, tag))
+        if len(done) < len(tags):
+            jobs.append((spec, [(tag, n) for tag, n in tags.items() if tag not in done]))
+    return jobs
+
+
+def main(argv=None, how=Change()):
     args = parse(__doc__, "to n align run data epochs batch-size lr max-tokens recompute seed device dtype device-map "
                           "quantize overwrite dry-run", argv, (TOY["port"], REAL["port"]),
-                 n=dict(type=commas(positive(int)), metavar="N[,N]", help="training rows a task; several: one refit each"))
+                 n=dict(type=commas(positive(int)), metavar="N[,N]",
+                        help="training rows a task; several: one refit each"))
     run = find_run(args.run)
     lock(run)
     saved, _ = load_config(run)
     seen = {b["base"]: b for b in saved["bases"]}
     if args.align and not seen:
         raise BadInput(f"--align: {run} holds no base that its core was trained on")
-    journal = Journal(run / ".resume" / "port.json", command_of(args, saved))
     if args.to is None and preset(seen) is REAL:
         raise BadInput("--to is needed: the base to port to (an alias, a hub id, a folder or a .gguf file)")
-    specs = args.to or TOY_UNSEEN
-    jobs = []
-    for spec, name in zip(specs, short_names(specs)):
-        counts = sorted(args.n or [preset([name])["port"]["n"]])
-        path = run / "converters" / f"{name}.json"
-        if path.exists() and not (args.overwrite or args.dry_run) and name not in journal.done:
-            raise BadInput(f"{run} has already seen {name}: it holds its converter; --overwrite refits it")
-        # The largest n of a sweep is the base's converter, unless the run holds one of more rows; the others stand beside
-        # it as <base>@<n>.
-        most = max(counts[-1], (read_json(path)["n"] or 0) if path.exists() and len(counts) > 1 else 0)
-        tags = [name if n == most else f"{name}@{n}" for n in counts]
-        done = [tag for tag in tags if tag in journal.done and (run / "converters" / f"{tag}.json").exists()]
-        for tag in done:                                                             # by this command, before it was killed
-            forget(state_of(run, tag))
-        if len(done) < len(tags):
-            jobs.append((spec, [(tag, n) for tag, n in zip(tags, counts) if tag not in done]))
+    journal = Journal(run / ".resume" / "port.json", command_of(args, saved))
+    jobs = fits_to_do(run, args, journal)
     seed, folder = saved["seed"] if args.seed is None else args.seed, args.data or saved["data"]
     if seed is None or folder is None:
         raise BadInput(f"--seed and --data are needed: {run} was read from an artifact, which does not say them")
@@ -150,12 +173,18 @@ def main(argv=None):
 
     for spec, fits in jobs:
         base = load_base(spec, args.device, args.dtype, args.recompute, args.device_map, args.quantize)
-        default = preset([base.name])["port"]
-        settings = {k: v for k, v in chosen(args, default).items() if k != "n"}
+        settings = {k: v for k, v in resolve_settings(args, preset([base.name])["port"]).items() if k != "n"}
         for tag, n in fits:
             rows = {task: sample(splits["train"], n, seed) for task, splits in data.items()}
-            port(run, load_portal(run, list(seen)).to(args.device), base, tag, rows, n, seed, str(folder.resolve()),
-                 settings, journal, args.dry_run, source if args.align else None)
+            portal = load_portal(run, list(seen)).to(args.device)
+            job = (DryRun if args.dry_run else Job)(
+                f"port {tag}", settings, seed, run / "log.jsonl", state_of(run, tag))
+            learner, aligned = port(job, portal, base, rows, settings, how, source if args.align else None)
+            if not args.dry_run:
+                save_port(run, tag, portal, learner, dict(
+                    base=base.name, id=base.origin, revision=base.revision, ported=True, n=n, seed=seed,
+                    data=str(folder.resolve()), epochs=settings["epochs"], quantize=base.quantize,
+                    seconds=round(job.seconds, 1), aligned=aligned), journal)
     if not args.dry_run:
         forget(journal.path)
 

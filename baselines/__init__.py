@@ -1,27 +1,27 @@
-"""The baselines of a run: other ways to adapt a base, fitted on the very rows that its converter was fitted on."""
-from cli import remove, today, write_json
-from dist import wait
-from portal import save_adapters
-from resume import forget
+"""Other ways to adapt a base, fitted on the rows that the base's converter was fitted on."""
+from runtime.distributed import barrier
+from runtime.files import remove, today, write_json
+from runtime.job import Job
+from runtime.resume import forget
+from runtime.run_folder import save_adapters
 from train import fit, save_states
 
 
-def fit_baseline(run, method, tag, base, rows, provenance, settings, generate, learners, **how):
-    """Train `learners` on `rows` {task: (train, held out)} and save what `generate` then yields as baselines/<method>/<tag>.
-    `provenance` is that of the base's converter, whose rows and seed these are, with the run's tasks that were `added`
-    since; how: the rest for train.fit."""
+def fit_baseline(run, method, base, rows, provenance, settings, generate, learners):
+    """Trains `learners` on `rows` {task: (train, held out)} and saves generate(base name) as baselines/<method>/<tag>.
+    provenance: that of the base's converter, with its `tag` and the tasks `added` to the run since."""
+    tag, name = provenance["tag"], f"baselines/{method}/{provenance['tag']}"
     state = run / ".resume" / f"{method}-{tag}.safetensors"
-    seconds = fit(f"{method} {tag}", [base], generate, learners, rows, seed=provenance["seed"], log=run / "log.jsonl",
-                  state=state, **{k: settings[k] for k in ("epochs", "batch_size", "max_tokens")}, **how)
-    path = run / "baselines" / method / f"{tag}.json"                                # written last: without it the baseline
-    remove(path)                                                                     # counts as missing
-    selected, last = (root / "baselines" / method / f"{tag}.safetensors" for root in (run, run / "final"))
+    job = Job(f"{method} {tag}", settings, provenance["seed"], run / "log.jsonl", state)
+    fit(job, [base], generate, learners, rows)
+    path, selected, last = (run / file for file in (f"{name}.json", f"{name}.safetensors", f"final/{name}.safetensors"))
+    remove(path)                                             # written last: without it the baseline counts as missing
     remove(last)
     save_states(learners, settings["epochs"],
                 lambda final: save_adapters(last if final else selected, generate(base.name)))
     write_json(path, dict(
         {key: provenance[key] for key in ("base", "id", "revision", "n", "seed", "data", "added")}, settings=settings,
         epoch_selected={task: learner.epoch for learner in learners for task in learner.tasks},
-        seconds=round(seconds, 1), date=today()))
+        seconds=round(job.seconds, 1), date=today()))
     forget(state)
-    wait()                                                                           # evaluation reads it in every process
+    barrier()                                                                        # every process reads it next

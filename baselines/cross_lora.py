@@ -12,30 +12,29 @@ which aligns the subspaces direction by direction: the i-th direction of the sou
           (u_i and v_i together) is taken, on both sides: a rule that needs no common coordinates;
   layers  target layer l takes the source layer at the same relative depth, round(l (L_s - 1) / (L_t - 1)).
 
-Controls: `copy` uses the source's A and B as they are, cut or zero-padded where the shapes differ; `random` puts a random
-delta of the source delta's Frobenius norm in its place. None of the three has epochs: "best" and "final" are one.
-
-A delta that suits the source may be too weak or too strong for the target. All three may choose a factor for it, one a base,
-on the target's held-out rows, by which the other methods choose their epoch.
+Controls: `copy` uses the source's A and B as they are, cut or zero-padded where the shapes differ; `random` puts a
+random delta of the source delta's Frobenius norm in its place. None of the three has epochs: "best" and "final" are
+one. A delta that suits the source may be too weak or too strong for the target, so all three choose a factor for it,
+one a base, on the target's held-out rows, by which the other methods choose their epoch.
 """
-import functools
-import hashlib
+import functools, hashlib
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from cli import read_json, write_json
-from dist import NO_BAR, wait
-from eval import evaluate, macro
-from portal import Adapters, load_adapters, same_depth, save_adapters
+from portal import Adapters, same_depth
+from runtime.distributed import NO_BAR, barrier
+from runtime.files import read_json, write_json
+from runtime.run_folder import load_adapters, save_adapters
+from score import evaluate, macro
 
-FACTORS, HELD = (0.5, 1, 2, 4), 30                                                   # tried on so many rows a task
-K = 320                                                                              # leading singular directions kept
+FACTORS, HELD = (1, 0.5, 2, 4), 30  # of equally good factors the first counts; tried on so many held-out rows a task
+K = 320                             # leading singular directions kept
 
 
-@functools.lru_cache(maxsize=2)                                                      # a deeper target asks for a source layer
-def subspace(W):                                                                     # several times in a row
+@functools.lru_cache(maxsize=2)     # a deeper target asks for a source layer several times in a row
+def subspace(W):
     """W [d_out, d_in] -> U [d_out, k], V [d_in, k], ordered by singular value, signs fixed."""
     U, _, Vt = torch.linalg.svd(W.float(), full_matrices=False)
     U, V = U[:, :K], Vt[:K].T
@@ -78,24 +77,23 @@ def transfer(method, adapters, source, target):
 
 
 def transfer_all(run, tag, target, source, seed, held, max_tokens):
-    """Carry the source's saved LoRAs over in the three ways and save them as baselines/<method>/<tag>, unless they are
-    there already from these very LoRAs. held: items of the target to choose a factor by; without any it is 1."""
+    """Carries the source's saved LoRAs over in the three ways and saves them as baselines/<method>/<tag>, unless they
+    are there already from these very LoRAs. held: items of the target to choose a factor by; without any it is 1."""
     loras = run / "baselines" / "lora" / f"{source.name}.safetensors"
-    origin = {"source": source.name, "target": target.origin, "seed": seed,          # not a date: two fits may share a second
-              "lora": hashlib.sha256(loras.read_bytes()).hexdigest()}
-    generator = torch.Generator().manual_seed(seed)
-    methods = {"cross_lora": cross_lora, "copy": copy, "random": lambda *args: random(*args, generator)}
-    for name, method in methods.items():
+    origin = dict(source=source.name, target=target.origin, seed=seed,
+                  lora=hashlib.sha256(loras.read_bytes()).hexdigest())         # not a date: two fits may share a second
+    drawn = functools.partial(random, generator=torch.Generator().manual_seed(seed))
+    for name, method in dict(cross_lora=cross_lora, copy=copy, random=drawn).items():
         path = run / "baselines" / name / f"{tag}.json"
         if path.exists() and {**read_json(path), "factor": None} == {**origin, "factor": None}:
             continue
         carried = transfer(method, load_adapters(loras, source.device), source, target)
-        scores = {1: ()}
-        for factor in FACTORS if held else ():                                       # of equals the first
-            cells = evaluate(target, carried._replace(scale=factor * carried.scale), held, max_tokens)
-            scores[factor] = macro([(cell["acc_norm"], -cell["log_loss"]) for cell in cells.values()])
-        factor = max(scores, key=scores.get)
-        wait()                                                                       # all processes have looked at `path`
-        save_adapters(path.with_name(f"{tag}.safetensors"), carried._replace(scale=factor * carried.scale))
+        scaled = {factor: carried._replace(scale=factor * carried.scale) for factor in FACTORS}
+        def on_held_out(factor):
+            cells = evaluate(target, scaled[factor], held, max_tokens)
+            return macro([(cell["acc_norm"], -cell["log_loss"]) for cell in cells.values()])
+        factor = max(FACTORS, key=on_held_out) if held else 1
+        barrier()                                                                  # all processes have looked at `path`
+        save_adapters(path.with_name(f"{tag}.safetensors"), scaled[factor])
         write_json(path, {**origin, "factor": factor})
-    wait()                                                                           # the others read what 0 has written
+    barrier()                                                                       # the others read what 0 has written

@@ -1,8 +1,7 @@
-"""The joint hypernet (sections 6.1 and 6.2): PorTAL's own generator, trained on one base alone with nothing frozen.
+"""The joint hypernet (sections 6.1 and 6.2): PorTAL's generator trained on one base alone, with nothing frozen.
 
-It asks what the portable parts cost and bring. The same network, with latents and core that have seen no base but this one:
-beside a port it shows what was lost by freezing them, or gained by other bases having taken part.
-"""
+Its latents and core have seen no other base. Beside a port, the difference is what freezing latents and core costs,
+or what training on other bases brings. """
 import dataclasses
 
 import torch
@@ -12,11 +11,11 @@ from portal import Converter, Portal
 from train import portal_learner
 
 
-def fit_hypernet(run, tag, base, rows, provenance, settings, cfg):
-    """Fit it on `rows` {task: (train, held out)} with a run's Config and save it as baselines/hypernet/<tag>."""
+def fit_hypernet(run, base, rows, provenance, settings, cfg):
+    """Fits it on `rows` {task: (train, held out)} with a run's Config and saves it as baselines/hypernet/<tag>."""
     torch.manual_seed(provenance["seed"])
     portal = Portal(dataclasses.replace(cfg, tasks=list(rows)))
     portal.converters[base.name] = Converter(cfg, base.layers, base.dims)
     portal.to(base.device)
-    learner = portal_learner(portal, rows, *(settings[k] for k in ("epochs", "batch_size", "lr", "least")))
-    fit_baseline(run, "hypernet", tag, base, rows, provenance, settings, portal.adapters, [learner], z=portal.z)
+    learner = portal_learner(portal, rows, settings)
+    fit_baseline(run, "hypernet", base, rows, provenance, settings, portal.adapters, [learner])

@@ -1,9 +1,9 @@
-"""The batched LoRA matmul: every row of a batch has a task, and meets that task's A and B.
+"""The batched LoRA matmul: every row of a batch has a task and is multiplied by that task's A and B.
 
     y = x W^T + s B_t^T,   s = scale * x A_t^T            x [R, S, d_in], A [T, r, d_in], B [T, d_out, r], t = task[row]
 
 Why this needs kernels of its own. W is a square-ish matrix and its matmul runs at the speed of the tensor cores; cuBLAS
-does that, and nothing here touches it. A and B are slivers: r is 8 or 16. For n = R S tokens in bf16 (2 bytes):
+does that, and nothing here changes it. A and B are narrow: r is 8 or 16. For n = R S tokens in bf16 (2 bytes):
 
     x W^T        2 n d_in d_out FLOP                              compute bound
     x A_t^T      2 n d_in r     FLOP   reads  2 n d_in  bytes     r FLOP a byte
@@ -11,7 +11,7 @@ does that, and nothing here touches it. A and B are slivers: r is 8 or 16. For n
                                        4 n d_out bytes
 
 A GPU that does 990 TFLOP/s and moves 3.35 TB/s (an H100, on paper) needs 295 FLOP a byte to be compute bound. So the
-adapter's time is its bytes and nothing else, and the art is to touch x, y, dx and dy as few times as possible:
+adapter's time is the time to move its bytes, and x, y, dx and dy should be read and written as few times as possible:
 
     s  = scale * x A_t^T          shrink(x, A)         reads x              2 n d_in
     y += s B_t^T                  expand_add_(y, s, B) reads, writes y      4 n d_out
@@ -21,20 +21,20 @@ adapter's time is its bytes and nothing else, and the art is to touch x, y, dx a
     dB_t = sum_t (s^T dy)^T       outer(s, dy)         reads dy             2 n d_out
                                                        together             8 n (d_in + d_out) bytes
 
-Three kernels that swap roles are all of it. Qwen3-4B's q (2560 -> 4096) at 4,096 tokens: 218 MB, 65 us at 3.35 TB/s,
-beside 172 GFLOP, 174 us at 990 TFLOP/s, of the frozen matmul and its dx. q and v of a layer: 100 us of bytes beside the
-1.7 ms of the layer's seven frozen matmuls, 6%; all seven: 0.56 ms, 34%. (Arithmetic; on a GPU
-not measured. What would go below it is fewer passes: one shrink for q, k, v, which share x, and ds and dB from one reading
-of dy.) On a CPU, where matmuls are slower beside memory, the twins measure 5% and 19%: results/kernels-cpu.md.
+Three kernels with different arguments do all of it. Qwen3-4B's q (2560 -> 4096) at 4,096 tokens: 218 MB, 65 us at
+3.35 TB/s, beside 172 GFLOP, 174 us at 990 TFLOP/s, of the frozen matmul and its dx. q and v of a layer: 100 us of bytes
+beside the 1.7 ms of the layer's seven frozen matmuls, 6%; all seven: 0.56 ms, 34%. (Arithmetic; on a GPU not measured.
+Fewer passes would be faster: one shrink for q, k, v, which share x, and ds and dB from one reading of dy.) On a
+CPU, where matmuls are slower relative to memory, the twins measure 5% and 19%: results/kernels-cpu.md.
 
-What the other ways pay: gathering A and B a row (`bmm`) copies R r (d_in + d_out) numbers and makes two more
+What the other ways cost: gathering A and B a row (`bmm`) copies R r (d_in + d_out) numbers and makes two more
 tensors as large as y; a loop over tasks reads `task` on the host, so that the GPU waits, and launches T small matmuls;
 one dense matmul with all T tasks' A side by side, masked, does T times the work.
 
 A row belongs to one task as a whole. So a tile of a row needs no sorting, no table of segments and no look at `task`
-from the host: it loads one integer. And `outer` needs no atomics: the program that owns (task t, a tile of columns)
-walks over t's rows in order, so that the same batch gives the same bits. A kernel stands beside its torch twin, which
-is its reference, its form on a CPU and a row of the benchmark.
+from the host: it loads one integer. And `outer` needs no atomics: one program computes (task t, a tile of columns) from
+t's rows in order, so that the same batch gives the same bits. Beside each kernel is its torch twin: the same in
+plain torch, which is its reference and what runs on a CPU.
 """
 from __future__ import annotations  # the kernels' annotations stay text where triton is missing
 
@@ -50,7 +50,7 @@ jit = triton.jit if triton else lambda kernel: kernel
 
 
 def fused(x):
-    """Whether x goes to the Triton kernels, or to their twins: on a CPU, and in float64, for which tl.dot is not made."""
+    """Whether x goes to the Triton kernels, or to their twins: on a CPU, and in float64, which tl.dot does not take."""
     return x.is_cuda and triton is not None and x.dtype != torch.float64
 
 
@@ -66,7 +66,7 @@ def shrink(x, A, task, scale):
         return shrink_torch(x, A, task, scale)
     (R, S, D), r = x.shape, A.shape[1]
     s = x.new_empty(R, S, r)
-    BS = 16 if R * S < 4096 else 32                                                  # few tokens: more, smaller programs
+    BS = 16 if R * S < 4096 else 32                                                 # few tokens: more, smaller programs
     shrink_kernel[R, triton.cdiv(S, BS)](x, A, task, s, scale, S, D, r, *x.stride(), *A.stride(), *s.stride(),
                                          BS=BS, BD=256 if D > 128 else 128, RP=padded(r), num_warps=4, num_stages=3)
     return s
@@ -135,7 +135,7 @@ def outer(s, x, task, T):
     """s [R, S, r], x [R, S, D], task [R] -> [T, r, D], the sum of s^T x over each task's rows; float32 at least.
 
     A task that no row has gets zeros. Where T and D are too small to give every multiprocessor a program, the tokens
-    are dealt out to `rows` x `tiles` programs, whose results are added up afterwards, in order.
+    are split over `rows` x `tiles` programs, whose results are added up afterwards, in order.
     """
     if not fused(x):
         return outer_torch(s, x, task, T)
@@ -160,12 +160,12 @@ def outer_torch(s, x, task, T):
 def outer_kernel(s, x, task, out, R, S, D, r, rows, tiles, sR, sS, sr, xR, xS, xD, oK, oT, oR, oD,
                  BS: tl.constexpr, BD: tl.constexpr, RP: tl.constexpr):
     """A program: BD columns of one task, over every rows-th row and every tiles-th tile of BS tokens."""
-    t, share = tl.program_id(0), tl.program_id(2).to(tl.int64)                       # int64: so is row, and offsets grow large
+    t, share = tl.program_id(0), tl.program_id(2).to(tl.int64)                # int64: so is row, and offsets grow large
     d, k = tl.program_id(1) * BD + tl.arange(0, BD), tl.arange(0, RP)
     acc = tl.zeros((RP, BD), tl.float32)
     for row in range(share // tiles, R, rows):
         mine = tl.load(task + row) == t
-        for start in range((share % tiles) * BS, tl.where(mine, S, 0), tiles * BS):  # another task's row: no tile at all
+        for start in range((share % tiles) * BS, tl.where(mine, S, 0), tiles * BS):  # no tile of another task's row
             i = start + tl.arange(0, BS)
             s_tile = tl.load(s + row * sR + i[None, :] * sS + k[:, None] * sr,
                              mask=(i[None, :] < S) & (k[:, None] < r), other=0.0)    # [RP, BS]
@@ -176,17 +176,17 @@ def outer_kernel(s, x, task, out, R, S, D, r, rows, tiles, sR, sS, sr, xR, xS, x
              mask=(k[:, None] < r) & (d[None, :] < D))
 
 
-# ---------------------------------------------------------------------------------------------- the three, differentiated
+# ---------------------------------------------------------------------------------------------- with gradients
 class LoRALinear(torch.autograd.Function):
-    """The frozen linear layer and the low-rank part as one node, so that the low-rank part can be added in place: to the
-    y that the frozen matmul has just made, and to its dx. W and its bias are frozen and get no gradient.
+    """The frozen linear layer and the low-rank part as one node, so that the low-rank part can be added in place: to
+    the y that the frozen matmul has just made, and to its dx. W and its bias are frozen and get no gradient.
 
-    W None: the frozen layer's y comes from outside, and so does its part of dx. Both are others' and cannot be added to."""
+    W None: the frozen layer's y is an input and its part of dx is left to autograd. Neither is changed in place."""
 
     @staticmethod
     def forward(ctx, x, y, W, bias, A, B, task, scale):
-        with torch.cuda.device_of(x):                                                # Triton launches on the current GPU;
-            s = shrink(x, A, task, scale)                                            # bases may be on several     [R, S, r]
+        with torch.cuda.device_of(x):                                              # Triton launches on the current GPU;
+            s = shrink(x, A, task, scale)                                        # bases may be on several     [R, S, r]
             ctx.save_for_backward(x, W, A, B, task, s)
             ctx.scale = scale
             return expand_add_(y.clone() if W is None else F.linear(x, W, bias), s, B, task)  # [R, S, d_out]
@@ -198,7 +198,7 @@ class LoRALinear(torch.autograd.Function):
         dx = dA = dB = None
         if need_x or need_A:
             ds = shrink(dy, B.transpose(1, 2), task, ctx.scale)                      # [R, S, r]
-        if need_x:                                                                   # not in the first layer: embeddings
+        if need_x:                                                                  # not in the first layer: embeddings
             frozen = torch.zeros_like(x) if W is None else dy @ W                    # are frozen
             dx = expand_add_(frozen, ds, A.transpose(1, 2), task)                    # [R, S, d_in]
         if need_A:
@@ -211,17 +211,17 @@ class LoRALinear(torch.autograd.Function):
 def lora_linear(x, W, bias, A, B, task, scale):
     """y = x W^T + bias + scale * (x A_t^T) B_t^T (portal.py, last equation), differentiable in x, A and B.
 
-    x [R, S, d_in], W [d_out, d_in], bias [d_out] or None, A [T, r, d_in], B [T, d_out, r], task [R] of integers in 0..T-1
-    on x's device -> [R, S, d_out]. A and B may be wider than x (float32 beside bf16): they are rounded tile by tile and
-    their gradients are not rounded at all. Raises ValueError for shapes that do not fit.
+    x [R, S, d_in], W [d_out, d_in], bias [d_out] or None, A [T, r, d_in], B [T, d_out, r], task [R] of integers in
+    0..T-1 on x's device -> [R, S, d_out]. A and B may be wider than x (float32 beside bf16): they are rounded tile by
+    tile and their gradients are not rounded at all. Raises ValueError for shapes that do not fit.
     """
     check(x, W.shape, A, B, task)
     return LoRALinear.apply(x, None, W, bias, A, B, task, scale)
 
 
 def lora_add(y, x, A, B, task, scale):
-    """y + scale * (x A_t^T) B_t^T, differentiable in y, x, A and B: the same for a layer that keeps its W to itself, as a
-    quantised one does, and has given y [R, S, d_out] for x [R, S, d_in]."""
+    """y + scale * (x A_t^T) B_t^T, differentiable in y, x, A and B: the same for a layer whose W is not a plain matrix,
+    as in a quantised one. y [R, S, d_out] is that layer's output for x [R, S, d_in]."""
     check(x, (y.shape[-1], x.shape[-1]), A, B, task)
     return LoRALinear.apply(x, y, None, None, A, B, task, scale)
 

@@ -1,5 +1,5 @@
 """Tiny random models in the real architectures, a word tokenizer, and a plain forward pass to compare with."""
-import os, pathlib, signal, sys
+import hashlib, json, os, pathlib, signal, sys
 
 import torch
 
@@ -15,8 +15,9 @@ from transformers import (Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalG
                           LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast, Qwen2Config,
                           Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
 
-import cli
+import train
 from bases import Base
+from runtime.flags import run_main
 
 torch.set_num_threads(1)  # tiny tensors: two threads would spend their time waiting for each other
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with Ctrl-C ignored
@@ -144,3 +145,46 @@ def world(tmp_path, monkeypatch):
 
 
 SIZES = dict(d_z=8, d_e=4, hidden=16, d_c=12, rank=4, alpha=8)  # of a tiny Portal
+
+
+# ---------------------------------------------------------------------------------------------- commands in this process
+QUICK = "--data data --n 8 --epochs 2 --batch-size 2".split()
+TRAIN = ["--bases", "./base-a,./base-b", *QUICK]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setitem(train.REAL, "sizes", dict(d_z=8, d_e=4, hidden=16, d_c=12))
+    monkeypatch.setitem(train.REAL, "lora", dict(epochs=2, batch_size=2, lr=1e-3, least=1, max_tokens=200))
+
+
+def command(module, *argv):
+    """Run a command in this process -> its exit code."""
+    try:
+        run_main(lambda: module.main([str(a) for a in argv]))
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def fingerprint(folder):
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def trained(world):
+    assert command(train, *TRAIN) == 0
+    return world / "out" / "base-a+base-b"
+
+
+def edit(path, number, change):
+    lines = path.read_text().splitlines()
+    lines[number - 1] = change if isinstance(change, str) else json.dumps({**json.loads(lines[number - 1]), **change})
+    path.write_text("\n".join(lines) + "\n")
+
+
+def one_line(capsys, words):
+    err = capsys.readouterr().err
+    assert len(err.strip().splitlines()) == 1 and "Traceback" not in err, err
+    for word in words:
+        assert word in err, err

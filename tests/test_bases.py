@@ -1,30 +1,15 @@
 """A patched base: the same model when nothing is adapted, PEFT's logits when something is, in six architectures."""
-import copy
-
 import gguf, numpy as np, peft, pytest, torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from conftest import ARCHITECTURES, exact_norms, lora_hooks, peft_projections, save_tiny, tiny_base, tiny_model, tiny_tokenizer
+from conftest import ARCHITECTURES, exact_norms, peft_projections, save_tiny, tiny_base, tiny_model, tiny_tokenizer
+from helpers import NeverWaits, hooked, items, of_task, random_adapters
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from bases import Base, find_projections, load_base, resolve, short_names
-from cli import BadInput
-from data import Item, Row, collate
+from runtime.files import BadInput
+from data import collate
 from portal import MODULES, Adapters
 from train import task_gradients
-
-
-def random_adapters(base, tasks=3, rank=4, modules=MODULES, seed=0, dtype=torch.float32):
-    g = torch.Generator().manual_seed(seed)
-    A = {m: 0.3 * torch.randn(tasks, base.layers, rank, base.dims[m][0], generator=g).to(dtype) for m in modules}
-    B = {m: 0.3 * torch.randn(tasks, base.layers, base.dims[m][1], rank, generator=g).to(dtype) for m in modules}
-    return Adapters(A, B, 2.0)
-
-
-def items(n_choices=1, seed=0):
-    g = np.random.default_rng(seed)
-    def tokens(low, high):
-        return g.integers(4, 56, g.integers(low, high)).tolist()
-    return [Item(t, tokens(3, 12), [tokens(1, 5) for _ in range(n_choices)], Row("t", "", [], 0)) for t in (0, 2, 1, 2)]
 
 
 def plain_log_p(model, item, tokens):
@@ -34,29 +19,58 @@ def plain_log_p(model, item, tokens):
     return torch.stack([log_p[len(item.prompt) + i - 1, t] for i, t in enumerate(tokens)])
 
 
-def of_task(adapters, t):
-    return {m: a[t] for m, a in adapters.A.items()}, {m: b[t] for m, b in adapters.B.items()}, adapters.scale
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("n_choices", [1, 3])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @torch.no_grad()
-def test_mixed_padded_rows_equal_one_row_at_a_time(architecture, n_choices):
+def test_mixed_padded_rows_equal_one_row_at_a_time(architecture, n_choices, attention):
     """Padding, several tasks in a batch, several continuations behind one prompt, sliding windows: none may matter."""
     base, model = tiny_base(architecture), tiny_model(architecture)
+    for each in (base.model, model):
+        each.set_attn_implementation(attention)
     adapters, rows = random_adapters(base), items(n_choices)
     batch = collate(rows)
-    logits = base.logits(batch, adapters).log_softmax(-1)
-    got = logits[batch.source, batch.target]
+    with NeverWaits():
+        logits = base.logits(batch, adapters)
+    got = logits.log_softmax(-1)[batch.source, batch.target]
     want = []
     for item in rows:
-        handles = lora_hooks(model, *of_task(adapters, item.task))
-        want += [plain_log_p(model, item, tokens) for tokens in item.continuations]
-        for h in handles:
-            h.remove()
+        with hooked(model, adapters, item.task):
+            want += [plain_log_p(model, item, tokens) for tokens in item.continuations]
     torch.testing.assert_close(got, torch.cat(want), rtol=1e-4, atol=1e-4)
     different = tiny_base(architecture).logits(batch)
     assert (different.log_softmax(-1)[batch.source, batch.target] - got).abs().max() > 0.05  # the adapters do something
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_masks_leave_the_logits_bit_identical(architecture, attention):
+    """The masks that transformers makes itself, below and above the window of 5."""
+    base = tiny_base(architecture)
+    base.model.set_attn_implementation(attention)
+    assert base.config._attn_implementation == attention
+    for length in (2, 4, 5, 6, 20):
+        rows = [item._replace(prompt=(20 * item.prompt)[:n], continuations=[[5]])
+                for item, n in zip(items(), (length, 1, 2, length))]
+        batch = collate(rows)
+        want = base.model(input_ids=batch.ids).logits                                # its own masks
+        with NeverWaits():
+            got = base.model(input_ids=batch.ids, **base.masks(batch)).logits
+        assert batch.ids.shape[1] == length and torch.equal(got, want)
+
+
+@torch.no_grad()
+def test_masks_that_only_transformers_can_make_are_left_to_it():
+    base, one, several = tiny_base("llama"), collate(items()), collate(items(3))
+    want = base.logits(one), base.logits(several)
+    base.config.sliding_window = 3                                                   # a Llama has none
+    assert all(map(torch.equal, want, (base.logits(one), base.logits(several))))
+    base.config.layer_types = ["full_attention", "chunked_attention", "full_attention"]
+    assert base.masks(one) == {}
+    base = tiny_base("gemma3")
+    base.config._attn_implementation = "flash_attention_2"                           # it takes no masks of this form
+    assert base.masks(one) == {}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -89,31 +103,25 @@ def test_peft_gives_the_same_logits():
     torch.testing.assert_close(got, torch.cat(want), rtol=1e-4, atol=1e-5)
 
 
-@torch.no_grad()
-def plain_greedy(model, prompt, n):
-    """n tokens of one row alone, the whole text through an unpatched model for each."""
-    ids = list(prompt)
-    for _ in range(n):
-        ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-    return ids[len(prompt):]
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_generate_equals_one_row_at_a_time_without_a_cache(architecture):
     """Left padding, tasks mixed in a batch, a KV cache, windows of 5 that the text outgrows, rows that end at EOS early."""
     base, model, n = tiny_base(architecture), tiny_model(architecture), 12
     tokenizer, adapters, rows = base.tokenizer, random_adapters(base), items() + items(seed=1)
     tokenizer.add_tokens([f"x{i}" for i in range(8)])                                # a word for each of the 64 logits
-    bare, adapted = [plain_greedy(model, item.prompt, n) for item in rows], []
-    for item in rows:
-        handles = lora_hooks(model, *of_task(adapters, item.task))
-        adapted.append(plain_greedy(model, item.prompt, n))
-        for h in handles:
-            h.remove()
     prompts, tasks = [item.prompt for item in rows], [item.task for item in rows]
     tokenizer.eos_token = None                                                       # the limit alone ends a row
-    assert base.generate(prompts, adapters, tasks, n) == tokenizer.batch_decode(adapted)
-    assert base.generate(prompts, max_new_tokens=n) == tokenizer.batch_decode(bare) != tokenizer.batch_decode(adapted)
+    def generated(adapters):
+        """New tokens, each the plain model's most probable one after those before it, one row at a time."""
+        texts = base.generate(prompts, adapters, tasks if adapters else None, n)
+        new = [tokenizer.convert_tokens_to_ids(text.split()) for text in texts]
+        for prompt, task, tokens in zip(prompts, tasks, new):
+            with hooked(model, adapters, task), torch.no_grad():
+                logits = model(input_ids=torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1:-1]  # [n, 64]
+            assert len(tokens) == n and logits.argmax(-1).tolist() == tokens
+        return new
+    adapted = generated(adapters)
+    assert generated(None) != adapted
     eos = next(t for new in adapted for t in new[1:-1] if 0 < sum(t in other for other in adapted) < len(rows))
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos)                       # some rows end there, others do not
     want = tokenizer.batch_decode([new[:new.index(eos)] if eos in new else new for new in adapted])
@@ -219,9 +227,11 @@ class Packed(torch.nn.Linear):
 def packed_and_unpacked(architecture="qwen2"):
     """Two models of the same numbers: with Packed projections, and with plain ones. Qwen2's have biases."""
     packed, plain = tiny_model(architecture), tiny_model(architecture)
-    for path in [path for path, module in plain.named_modules() if path.endswith("_proj")]:
-        packed.set_submodule(path, Packed(plain.get_submodule(path)))
-        plain.get_submodule(path).weight.data = packed.get_submodule(path).unpacked()
+    for path, linear in [(path, module) for path, module in plain.named_modules() if path.endswith("_proj")]:
+        if linear.bias is not None:
+            torch.nn.init.normal_(linear.bias)
+        packed.set_submodule(path, Packed(linear))
+        linear.weight.data = packed.get_submodule(path).unpacked()
     return packed, plain
 
 

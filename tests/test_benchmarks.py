@@ -1,54 +1,61 @@
-import json
-import os
-import re
+"""The prompts of the 14 benchmarks, their download, and the form of the prepared rows."""
+import json, os, re
 from pathlib import Path
 
 import pytest
 
-import data
-from data import (BENCHMARKS, build, fmt_arc, fmt_boolq, fmt_cb, fmt_copa, fmt_hellaswag,
-                  fmt_openbookqa, fmt_rte, fmt_sciq, fmt_truthfulqa, fmt_wic, fmt_winogrande, fmt_wsc)
+import benchmarks
+from benchmarks import BENCHMARKS, REVISIONS, build, format_row
 
 # --- formatters: invented rows with the upstream columns, exact expected output ---
-
-def test_rte_keeps_label_order_and_adds_no_full_stop():
-    row = {"premise": "The bridge  opened in May. ", "hypothesis": "A bridge opened.", "idx": 0, "label": 1}
-    assert fmt_rte(row) == ("The bridge  opened in May.\nQuestion: A bridge opened. True or False?\nAnswer:",
-                            [" True", " False"], 1)
-
-
-def test_cb():
-    row = {"premise": "Ann doubts that it rained.", "hypothesis": "it rained", "idx": 0, "label": 2}
-    assert fmt_cb(row) == ("Ann doubts that it rained.\nQuestion: it rained True, False, or Neither?\nAnswer:",
-                           [" True", " False", " Neither"], 2)
-
-
-@pytest.mark.parametrize("question, word", [("cause", "because"), ("effect", "therefore")])
-def test_copa(question, word):
-    row = {"premise": "The cup fell.", "choice1": "It broke.", "choice2": "The cat pushed it.",
-           "question": question, "idx": 0, "label": 1}
-    assert fmt_copa(row) == (f"The cup fell {word}", [" it broke.", " the cat pushed it."], 1)
-
-
-def test_wic_asks_for_the_word_as_inflected():
-    row = {"word": "run", "sentence1": "She runs a shop.", "sentence2": "He went for a run.", "start1": 4, "end1": 8,
-           "start2": 14, "end2": 17, "idx": 0, "label": 0}
-    assert fmt_wic(row) == (
-        "Sentence 1: She runs a shop.\nSentence 2: He went for a run.\n"
-        "Question: Is the word 'runs' used in the same way in the two sentences above?\nAnswer:", [" no", " yes"], 0)
+RTE = {"premise": "The bridge  opened in May. ", "hypothesis": "A bridge opened.", "idx": 0, "label": 1}
+CB = {"premise": "Ann doubts that it rained.", "hypothesis": "it rained", "idx": 0, "label": 2}
+COPA = {"premise": "The cup fell.", "choice1": "It broke.", "choice2": "The cat pushed it.", "idx": 0, "label": 1}
+WIC = {"word": "run", "sentence1": "She runs a shop.", "sentence2": "He went for a run.", "start1": 4, "end1": 8,
+       "start2": 14, "end2": 17, "idx": 0, "label": 0}
+WSC = {"text": "I set the jar on the shelf , so it cracked.", "span1_index": 2, "span1_text": "The jar",
+       "span2_index": 8, "span2_text": "it", "idx": 0, "label": 1}
+BOOLQ = {"question": "is oslo in norway", "passage": "Oslo -- Oslo is a city.", "idx": 0, "label": 1}
+HELLASWAG = {"activity_label": "Diving", "ctx_a": "A man stands on a board.", "ctx_b": "the man", "label": "2",
+             "ctx": "A man stands on a board. the man", "endings": ["sits.", "sleeps.", "dives in.", ", waving, eats."]}
+BRACKETS = {"activity_label": "Home", "ctx_b": "", "label": "0", "ctx": "",
+            "ctx_a": "[header] How to boil eggs [title] Fill a pot. [step] Use cold water.",
+            "endings": ["[substeps] Add salt. Wait [title] Peel them.", "Stop.", "Go [now] on.", "[ Odd."]}
+OPENBOOKQA = {"id": "x", "question_stem": "Plants need", "answerKey": "B",
+              "choices": {"text": ["shoes", "light", "coins", "songs"], "label": ["A", "B", "C", "D"]}}
+COMMONSENSEQA = {"id": "x", "question": "Where do boats sleep?", "question_concept": "boat", "answerKey": "D",
+                 "choices": {"label": ["A", "B", "C", "D", "E"], "text": ["moon", "oven", "bank", "harbor", "tree"]}}
 
 
-def test_wsc_takes_the_spans_as_they_are():
-    row = {"text": "I set the jar on the shelf , so it cracked.", "span1_index": 2, "span1_text": "The jar",
-           "span2_index": 8, "span2_text": "it", "idx": 0, "label": 1}
-    assert fmt_wsc(row) == (
-        "I set the jar on the shelf , so it cracked.\n"
-        'Question: In the passage above, does the pronoun "it" refer to "The jar"?\nAnswer:', [" no", " yes"], 1)
+def formatted(task, row):
+    """(prompt, choices, gold_idx) of one upstream row."""
+    return tuple(format_row(task, row).values())[1:]
 
 
-def test_boolq_keeps_the_title_and_adds_a_question_mark():
-    row = {"question": "is oslo in norway", "passage": "Oslo -- Oslo is a city.", "idx": 0, "label": 1}
-    assert fmt_boolq(row) == ("Oslo -- Oslo is a city.\nQuestion: is oslo in norway?\nAnswer:", [" no", " yes"], 1)
+@pytest.mark.parametrize("task, row, prompt, choices, gold", [
+    ("rte", RTE, "The bridge  opened in May.\nQuestion: A bridge opened. True or False?\nAnswer:",
+     [" True", " False"], 1),
+    ("cb", CB, "Ann doubts that it rained.\nQuestion: it rained True, False, or Neither?\nAnswer:",
+     [" True", " False", " Neither"], 2),
+    ("copa", {**COPA, "question": "cause"}, "The cup fell because", [" it broke.", " the cat pushed it."], 1),
+    ("copa", {**COPA, "question": "effect"}, "The cup fell therefore", [" it broke.", " the cat pushed it."], 1),
+    ("wic", WIC, "Sentence 1: She runs a shop.\nSentence 2: He went for a run.\n"                # the word as inflected
+     "Question: Is the word 'runs' used in the same way in the two sentences above?\nAnswer:", [" no", " yes"], 0),
+    ("wsc", WSC, "I set the jar on the shelf , so it cracked.\n"                                 # the spans as they are
+     'Question: In the passage above, does the pronoun "it" refer to "The jar"?\nAnswer:', [" no", " yes"], 1),
+    ("boolq", BOOLQ, "Oslo -- Oslo is a city.\nQuestion: is oslo in norway?\nAnswer:", [" no", " yes"], 1),
+    ("hellaswag", HELLASWAG, "A man stands on a board. The man",
+     [" sits.", " sleeps.", " dives in.", " , waving, eats."], 2),
+    ("hellaswag", BRACKETS, "How to boil eggs. Fill a pot. Use cold water.",
+     [" Add salt. Wait. Peel them.", " Stop.", " Go on.", " [ Odd."], 0),
+    ("openbookqa", OPENBOOKQA, "Question: Plants need\nAnswer:", [" shoes", " light", " coins", " songs"], 1),
+    ("openbookqa", {**OPENBOOKQA, "answerKey": " B"}, "Question: Plants need\nAnswer:",
+     [" shoes", " light", " coins", " songs"], 1),
+    ("commonsenseqa", COMMONSENSEQA, "Question: Where do boats sleep?\nAnswer:",
+     [" moon", " oven", " bank", " harbor", " tree"], 3),
+])
+def test_formatters(task, row, prompt, choices, gold):
+    assert formatted(task, row) == (prompt, choices, gold)
 
 
 @pytest.mark.parametrize("labels, key, gold", [("ABCD", "C", 2), ("1234", "4", 3), ("1234", "1", 0), ("123", "2", 1),
@@ -58,28 +65,7 @@ def test_arc_letter_and_number_keys(labels, key, gold):
     row = {"id": "x", "question": "What melts at 0 C? ", "choices": {"text": texts, "label": list(labels)},
            "answerKey": key}
     expected = [" salt", " ice", " iron", " wood", " air"][:len(labels)]
-    assert fmt_arc(row) == ("Question: What melts at 0 C?\nAnswer:", expected, gold)
-
-
-def test_hellaswag_sentence_start():
-    row = {"activity_label": "Diving", "ctx_a": "A man stands on a board.", "ctx_b": "the man", "label": "2",
-           "ctx": "A man stands on a board. the man", "endings": ["sits.", "sleeps.", "dives in.", ", waving, eats."]}
-    assert fmt_hellaswag(row) == ("A man stands on a board. The man",
-                                  [" sits.", " sleeps.", " dives in.", " , waving, eats."], 2)
-
-
-def test_hellaswag_cleans_brackets():
-    row = {"activity_label": "Home", "ctx_a": "[header] How to boil eggs [title] Fill a pot. [step] Use cold water.",
-           "ctx_b": "", "label": "0", "ctx": "",
-           "endings": ["[substeps] Add salt. Wait [title] Peel them.", "Stop.", "Go [now] on.", "[ Odd."]}
-    assert fmt_hellaswag(row) == ("How to boil eggs. Fill a pot. Use cold water.",
-                                  [" Add salt. Wait. Peel them.", " Stop.", " Go on.", " [ Odd."], 0)
-
-
-def test_openbookqa():
-    row = {"id": "x", "question_stem": "Plants need", "answerKey": "B",
-           "choices": {"text": ["shoes", "light", "coins", "songs"], "label": ["A", "B", "C", "D"]}}
-    assert fmt_openbookqa(row) == ("Question: Plants need\nAnswer:", [" shoes", " light", " coins", " songs"], 1)
+    assert formatted("arc_easy", row) == ("Question: What melts at 0 C?\nAnswer:", expected, gold)
 
 
 @pytest.mark.parametrize("sentence, prompt, choices", [
@@ -89,37 +75,30 @@ def test_openbookqa():
     ("We saw it, so the _  ran.", "We saw it, so the", [" cat  ran.", " dog  ran."])])  # upstream's double space stays
 def test_winogrande_splits_at_the_blank(sentence, prompt, choices):
     row = {"sentence": sentence, "option1": "cat", "option2": "dog", "answer": "2"}
-    assert fmt_winogrande(row) == (prompt, choices, 1)
+    assert formatted("winogrande", row) == (prompt, choices, 1)
 
 
-def test_commonsenseqa_takes_the_form_of_arc():
-    row = {"id": "x", "question": "Where do boats sleep?", "question_concept": "boat", "answerKey": "D",
-           "choices": {"label": ["A", "B", "C", "D", "E"], "text": ["moon", "oven", "bank", "harbor", "tree"]}}
-    assert BENCHMARKS["commonsenseqa"][-1](row) == (
-        "Question: Where do boats sleep?\nAnswer:", [" moon", " oven", " bank", " harbor", " tree"], 3)
-
-
-def sciq_row(question, support="Water freezes at 0 C."):
-    return {"question": question, "distractor1": "steam", "distractor2": "fog", "distractor3": "dew",
-            "correct_answer": "ice", "support": support}
+def sciq(question, support="Water freezes at 0 C."):
+    return formatted("sciq", {"question": question, "distractor1": "steam", "distractor2": "fog", "distractor3": "dew",
+                              "correct_answer": "ice", "support": support})
 
 
 def test_sciq_shuffles_the_same_way_every_time():
-    prompt, choices, gold = fmt_sciq(sciq_row("What is frozen water?"))
+    prompt, choices, gold = sciq("What is frozen water?")
     assert prompt == "Water freezes at 0 C.\nQuestion: What is frozen water?\nAnswer:"
     assert sorted(choices) == [" dew", " fog", " ice", " steam"] and choices[gold] == " ice"
-    assert fmt_sciq(sciq_row("What is frozen water?")) == (prompt, choices, gold)
-    assert {fmt_sciq(sciq_row(f"Question {i}?"))[2] for i in range(50)} == {0, 1, 2, 3}
+    assert sciq("What is frozen water?") == (prompt, choices, gold)
+    assert {sciq(f"Question {i}?")[2] for i in range(50)} == {0, 1, 2, 3}
 
 
 def test_sciq_without_support():
-    assert fmt_sciq(sciq_row("What is frozen water?", support=""))[0] == "Question: What is frozen water?\nAnswer:"
+    assert sciq("What is frozen water?", support="")[0] == "Question: What is frozen water?\nAnswer:"
 
 
 def test_truthfulqa():
     row = {"question": "Can pigs fly?", "mc1_targets": {"choices": ["No", "Yes", "At night"], "labels": [1, 0, 0]},
            "mc2_targets": {"choices": [], "labels": []}}
-    prompt, choices, gold = fmt_truthfulqa(row)
+    prompt, choices, gold = formatted("truthfulqa", row)
     assert prompt == "Q: Can pigs fly?\nA:"
     assert sorted(choices) == [" At night", " No", " Yes"] and choices[gold] == " No"
 
@@ -127,8 +106,8 @@ def test_truthfulqa():
 
 def test_revisions_are_pinned():
     assert len(BENCHMARKS) == 14
-    for repo, config, train, eval_, revision, fmt in BENCHMARKS.values():
-        assert re.fullmatch(r"[0-9a-f]{40}", revision)
+    for repo, config, train, eval_, formatter in BENCHMARKS.values():
+        assert re.fullmatch(r"[0-9a-f]{40}", REVISIONS[repo])
     assert BENCHMARKS["wsc"][1] == "wsc"  # not wsc.fixed: the prepared rows take the spans as they are
 
 
@@ -155,7 +134,7 @@ def arc_row(question, key="A"):
 
 def test_build_dedups_caps_and_drops(fake_hub, tmp_path, monkeypatch, capsys):
     splits, calls = fake_hub
-    monkeypatch.setattr(data, "MAX_ROWS", {"train": 6, "eval": 3})
+    monkeypatch.setattr(benchmarks, "MAX_ROWS", {"train": 6, "eval": 3})
     splits["allenai/ai2_arc", "ARC-Easy", "test"] = [arc_row(f"q{i}") for i in range(10)]
     splits["allenai/ai2_arc", "ARC-Easy", "train"] = (
         [arc_row(f"q{i}") for i in range(20)] + [arc_row("no such answer", "E"), arc_row("no answer", "")])
@@ -168,7 +147,7 @@ def test_build_dedups_caps_and_drops(fake_hub, tmp_path, monkeypatch, capsys):
     assert train[0].keys() == {"task", "prompt", "choices", "gold_idx"} and train[0]["task"] == "arc_easy"
     assert train[0]["choices"] == [" café", " b"]
     assert "café" in (tmp_path / "arc_easy" / "train.jsonl").read_text(encoding="utf-8")  # not \u00e9
-    assert calls == [("allenai/ai2_arc", "ARC-Easy", s, BENCHMARKS["arc_easy"][4]) for s in ("train", "test")]
+    assert calls == [("allenai/ai2_arc", "ARC-Easy", s, REVISIONS["allenai/ai2_arc"]) for s in ("train", "test")]
     assert sorted(os.listdir(tmp_path / "arc_easy")) == ["eval.jsonl", "train.jsonl"]  # no temporary file
     assert "2 malformed, 10 train rows also in eval" in capsys.readouterr().out
     before = (tmp_path / "arc_easy" / "train.jsonl").read_bytes()
@@ -244,7 +223,7 @@ UNDO = {
 def test_prepared_rows_have_the_form_of_the_formatter(task, split):
     path = TASKS / task / f"{split}.jsonl"
     for r in read(path):
-        prompt, choices, gold = BENCHMARKS[task][-1](UNDO[task](r))
+        prompt, choices, gold = formatted(task, UNDO[task](r))
         if task == "hellaswag":  # cleaning a second time halves a double space that the first time left
             r["prompt"], r["choices"] = r["prompt"].replace("  ", " "), [c.replace("  ", " ") for c in r["choices"]]
         assert r == {"task": task, "prompt": prompt, "choices": choices, "gold_idx": gold}

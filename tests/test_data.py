@@ -1,12 +1,13 @@
 """The JSONL format and its errors, sampling, tokens, and micro-batches."""
-import itertools, json, random
+import itertools, json, random, runpy
 
 import pytest
 from conftest import save_tiny, tiny_tokenizer, write_task
 
-import data
-from cli import ROOT, BadInput, run_main
-from data import PASS, Cycle, Item, Row, collate, encode, load_tasks, micro_batches, read_rows, sample
+import benchmarks
+from data import PASS, Cycle, Item, Rounds, Row, collate, encode, load_tasks, micro_batches, read_rows, sample
+from runtime.files import ROOT, BadInput
+from runtime.flags import run_main
 from test_benchmarks import TASKS
 
 GOOD = {"task": "t", "prompt": "w1 w2", "choices": [" w3", " w4"], "gold_idx": 1}
@@ -16,11 +17,13 @@ OPEN = {"task": "t", "prompt": "w1 w2", "completion": " w3 w4"}
 @pytest.mark.parametrize("line, why", [
     ("{not json", "not JSON"), ('["a list"]', "are needed"), (json.dumps({"task": "t"}), "are needed"),
     (json.dumps({**GOOD, "gold_idx": 2}), "gold_idx is 2; 0 to 1 is accepted"),
-    (json.dumps({**GOOD, "gold_idx": -1}), "gold_idx is -1"), (json.dumps({**GOOD, "gold_idx": True}), "gold_idx is True"),
+    (json.dumps({**GOOD, "gold_idx": -1}), "gold_idx is -1"),
+    (json.dumps({**GOOD, "gold_idx": True}), "gold_idx is True"),
     (json.dumps({**GOOD, "choices": [" a", "  "]}), "choice 1 is empty or blank"),
     (json.dumps({**GOOD, "choices": [" a"]}), "two or more"), (json.dumps({**GOOD, "choices": "ab"}), "two or more"),
     (json.dumps({**GOOD, "prompt": "ends in a space "}), "prompt ends in white space"),
-    (json.dumps({**GOOD, "prompt": "\ud800"}), "not JSON"), (json.dumps({**GOOD, "prompt": ""}), "prompt is empty"), (json.dumps({**GOOD, "task": "other"}), "'other' in the folder of 't'"),
+    (json.dumps({**GOOD, "prompt": "\ud800"}), "not JSON"), (json.dumps({**GOOD, "prompt": ""}), "prompt is empty"),
+    (json.dumps({**GOOD, "task": "other"}), "'other' in the folder of 't'"),
 ])
 def test_a_bad_line_is_named_with_file_and_number(tmp_path, line, why):
     path = tmp_path / "train.jsonl"
@@ -78,7 +81,7 @@ def test_a_task_is_all_choices_or_all_completions(tmp_path):
 def check(capsys, *argv):
     """python data.py --check -> (exit code, what it printed)."""
     try:
-        run_main(lambda: data.main(["--check", *map(str, argv)]))
+        run_main(lambda: benchmarks.main(["--check", *map(str, argv)]))
         return 0, capsys.readouterr().out
     except SystemExit as stop:
         return stop.code, capsys.readouterr().out
@@ -128,6 +131,15 @@ def test_check_of_the_toy_as_the_readme_has_it(capsys):
     assert code == 0 and out.count("choices, train 1000, eval 200") == 2
 
 
+def test_the_command_is_python_data_py(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["data.py", "--check", str(ROOT / "toy" / "data"), "--task", "first"])
+    runpy.run_path(str(ROOT / "data.py"), run_name="__main__")
+    assert "first: choices, train 1000, eval 200\n" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["data.py", "--check", str(ROOT / "runtime")])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(ROOT / "data.py"), run_name="__main__")
+
+
 def test_sample_is_random_seeded_nested_and_holds_rows_out():
     rows = [Row("t", f"w{i}", [], 0) for i in range(500)]
     train, held = sample(rows, 100, 0)
@@ -145,7 +157,7 @@ def test_encode_joins_what_was_encoded_apart_and_cuts_from_the_left():
     rows = [Row("b", "w1 w2 w3", [" w4", " w5 w6"], 1), Row("a", " ".join(["w7"] * 30 + ["w8"]), [" w9", " w9"], 0)]
     (short, long), cut = encode(tokenizer, rows, ["a", "b"], max_length=12)
     assert short.task == 1 and short.prompt == [1, 5, 6, 7] and short.continuations == [[8], [9, 10]]
-    assert cut == 1 and len(long.prompt) == 11 and long.prompt[0] == 1 and long.prompt[-1] == 12 and long.prompt[1] == 11
+    assert cut == 1 and len(long.prompt) == 11 and long.prompt[:2] == [1, 11] and long.prompt[-1] == 12
     (gold,), _ = encode(tokenizer, rows[:1], ["a", "b"], choices="gold")
     assert gold.continuations == [[9, 10]]
 
@@ -156,7 +168,7 @@ def test_a_completion_ends_with_eos_and_a_choice_does_not():
         assert encode(tokenizer, [row], ["t"], choices)[0][0].continuations == [[7, 8, tokenizer.eos_token_id]]
     assert encode(tokenizer, [Row("t", "w1", [" w3", " w4"], 0)], ["t"], "gold")[0][0].continuations == [[7]]
     (item,), cut = encode(tokenizer, [Row("t", "w1 " * 30 + "w2", [" w3"])], ["t"], max_length=12)
-    assert cut == 1 and len(item.prompt + item.continuations[0]) == 12                                      # EOS is inside the limit
+    assert cut == 1 and len(item.prompt + item.continuations[0]) == 12  # EOS is inside the limit
     tokenizer.eos_token = None
     assert encode(tokenizer, [row], ["t"])[0][0].continuations == [[7, 8]]
 
@@ -218,3 +230,45 @@ def test_cycle_passes_over_everything_before_it_repeats():
     assert [len(b) for b in first] == [4, 4, 2] and sorted(sum(first, [])) == list(range(10))
     second = sum((cycle.next() for _ in range(3)), [])
     assert sorted(second) == list(range(10)) and second != sum(first, [])
+
+
+class TinyBase:
+    def __init__(self, name, bos):
+        self.name, self.tokenizer = name, tiny_tokenizer(bos)
+
+
+def some_rounds(length=2):
+    bases = [TinyBase("a", bos=False), TinyBase("b", bos=True)]
+    rows = {task: ([Row(task, " ".join([f"w{i}"] * length), [" w3", " w4 w5"], i % 2) for i in range(n)],
+                   [Row(task, f"w{i}", [" w3", " w4"], 1) for i in range(held)])
+            for task, n, held in (("x", 11, 2), ("y", 5, 0), ("z", 1, 1))}
+    return bases, rows, Rounds(bases, rows, 4, seed=3)
+
+
+def test_rounds_take_the_next_batch_of_each_task_in_the_seeds_order(capsys):
+    """The order of a Cycle of each base and task, seeded with "seed/base/task"."""
+    bases, rows, rounds = some_rounds()
+    tasks = list(rows)
+    cycles = {(base.name, task): Cycle(encode(base.tokenizer, train, tasks, "gold")[0], 4, f"3/{base.name}/{task}")
+              for base in bases for task, (train, _) in rows.items()}
+    assert rounds.tasks == tasks and rounds.cycles.keys() == cycles.keys()
+    for now in 3 * (["x", "y", "z"], ["x"], ["z", "y"]):                             # a small task may sit rounds out
+        taken = rounds.take(now)
+        assert taken == {base.name: [item for task in now for item in cycles[base.name, task].next()] for base in bases}
+    held = [row for _, held in rows.values() for row in held]
+    assert rounds.held == {base.name: encode(base.tokenizer, held, tasks)[0] for base in bases}
+    assert rounds.cut == 0 and not capsys.readouterr().out
+
+
+def test_rounds_skip_is_taking():
+    _, _, rounds = some_rounds()
+    _, _, skipped = some_rounds()
+    for _ in range(5):
+        rounds.take(["x", "z"])
+    skipped.skip("x", 5), skipped.skip("z", 5)
+    assert [skipped.take(["x", "y", "z"]) for _ in range(4)] == [rounds.take(["x", "y", "z"]) for _ in range(4)]
+
+
+def test_rounds_say_how_many_prompts_were_cut(capsys):
+    assert some_rounds(length=2000)[2].cut == 34
+    assert capsys.readouterr().out == "34 of 34 training prompts were cut from the left\n"

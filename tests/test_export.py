@@ -1,20 +1,19 @@
-"""What leaves is read back by PEFT and transformers, on a freshly loaded base, and gives this project's own logits."""
+"""PEFT and transformers load the exported folders on a fresh base and compute the logits that Base.logits does."""
 import json, os
 
 import huggingface_hub, peft, pytest, torch
-from conftest import ARCHITECTURES, SMALL, exact_norms, save_tiny, tiny_tokenizer
+from conftest import ARCHITECTURES, SMALL, command, exact_norms, fingerprint, one_line, save_tiny, tiny_tokenizer
 from safetensors.torch import load_file
-from test_bases import items
-from test_cli import command, fingerprint, one_line
-from test_portal import make_portal
+from helpers import items, make_portal
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 import export
 from bases import load_base
-from cli import append_jsonl, write_json
 from data import collate
 from eval import adapters_of
-from portal import MODULES, Adapters, load_tensors, save_adapters, save_portal, save_tensors
+from portal import MODULES, Adapters
+from runtime.files import append_jsonl, write_json
+from runtime.run_folder import load_tensors, save_adapters, save_portal, save_tensors
 
 TASKS = ["one", "two", "three"]
 
@@ -26,7 +25,8 @@ def make_run(folder, where, modules=("q", "v"), **sizes):
     run = folder / "run"
     save_portal(run, portal)
     write_json(run / "converters" / "tiny.json", p)
-    write_json(run / "portal.json", dict(config=vars(portal.cfg), bases=[p], seed=0, data=str(folder), trained=p["date"]))
+    write_json(run / "portal.json", dict(config=vars(portal.cfg), bases=[p], seed=0, data=str(folder),
+                                         trained=p["date"]))
     return run, where
 
 
@@ -60,7 +60,7 @@ def test_peft_loads_the_folders(tmp_path, architecture, dtype):
     config = json.loads((tmp_path / "out" / "one" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(where) and config["lora_alpha"] / config["r"] == 2
     full_paths = any("." in target for target in config["target_modules"])
-    assert full_paths == (architecture == "gemma3-multimodal")                       # its vision tower has a q_proj, too
+    assert full_paths == (architecture == "gemma3-multimodal")                       # its vision tower has a q_proj
 
     def load(task):
         model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype)
@@ -122,7 +122,8 @@ def test_the_card_says_what_was_measured(tmp_path):
                                                  acc_norm=accuracy, log_loss=1.0, rows=40))
     assert command(export, "--run", run, "--to", "tiny", "--task", "all", "--out", tmp_path / "out") == 0
     cards = {task: (tmp_path / "out" / task / "README.md").read_text() for task in TASKS}
-    assert "| acc_norm of one | 0.750 on 40 evaluation rows |" in cards["one"] and "on one | 0.250 on 40" in cards["one"]
+    assert "| acc_norm of one | 0.750 on 40 evaluation rows |" in cards["one"]
+    assert "on one | 0.250 on 40" in cards["one"]
     assert "| acc_norm of two | not measured |" in cards["two"]
     for fact in ("# two on tiny", "| run | run |", "| seed | 0 |", "(n) | 8 |", "| method | portal |"):
         assert fact in cards["two"]
@@ -153,7 +154,7 @@ def test_bad_input_and_nothing_overwritten(tmp_path, capsys, monkeypatch):
     before = fingerprint(out)
     def killed(*args):
         raise KeyboardInterrupt
-    with monkeypatch.context() as m:                                                 # after the weights, before the card
+    with monkeypatch.context() as m:                                                 # after the weights
         m.setattr(export, "card", killed)
         assert command(export, "--run", run, *good, "--overwrite") == 130
         assert fingerprint(out) == before
@@ -168,7 +169,7 @@ def test_bad_input_and_nothing_overwritten(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.gpu
 def test_vllm_serves_several_tasks_from_one_base(tmp_path):
-    """One engine, one base, a task a request: the next token is this project's own. (Head size 64: what vLLM serves.)"""
+    """vLLM serves one task a request on one base and picks the next token that Base.logits does (head size 64)."""
     vllm = pytest.importorskip("vllm")
     from vllm.lora.request import LoRARequest
     torch.manual_seed(0)
@@ -177,12 +178,14 @@ def test_vllm_serves_several_tasks_from_one_base(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path / "tiny")
     run, where = make_run(tmp_path, tmp_path / "tiny", rank=8)
     assert command(export, "--run", run, "--to", "tiny", "--task", "all", "--out", tmp_path / "out") == 0
-    base, rows = load_base(str(where)), [item._replace(task=t, continuations=[[5]]) for t, item in enumerate(items()[:3])]
+    base = load_base(str(where))
+    rows = [item._replace(task=t, continuations=[[5]]) for t, item in enumerate(items()[:3])]
     with torch.no_grad():
         want = base.logits(collate(rows), adapters_of(run, "portal", "tiny", base)).argmax(-1).tolist()
     engine = vllm.LLM(str(where), enable_lora=True, max_loras=3, max_lora_rank=8, dtype="float32", enforce_eager=True,
                       max_model_len=64, gpu_memory_utilization=0.3)
+    requests = [LoRARequest(task, k + 1, str(tmp_path / "out" / task)) for k, task in enumerate(TASKS)]
     answers = engine.generate([{"prompt_token_ids": item.prompt} for item in rows],
                               vllm.SamplingParams(temperature=0, max_tokens=1, ignore_eos=True),
-                              lora_request=[LoRARequest(t, k + 1, str(tmp_path / "out" / t)) for k, t in enumerate(TASKS)])
+                              lora_request=requests)
     assert [answer.outputs[0].token_ids[0] for answer in answers] == want

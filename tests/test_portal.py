@@ -1,24 +1,13 @@
-"""The generator against a hand-written numpy evaluation of its equations, and a run's way to disk and back."""
+"""The generator against a hand-written numpy evaluation of its equations; initialisations and default sizes."""
 import math
 
 import numpy as np
 import pytest
 import torch
 from conftest import SIZES, tiny_base
+from helpers import make_portal
 
-from cli import BadInput
-from portal import MODULES, Config, Converter, Portal, load_config, load_portal, save_portal, save_tensors
-from cli import write_json
-
-
-def make_portal(base, norm="layer", modules=("q", "v"), tasks=("one", "two", "three"), random=True, **sizes):
-    torch.manual_seed(1)
-    portal = Portal(Config(tasks=list(tasks), modules=list(modules), norm=norm, **{**SIZES, **sizes}))
-    portal.converters[base.name] = Converter(portal.cfg, base.layers, base.dims)
-    if random:  # away from the zeros of the initialisation
-        for p in [portal.z, *portal.core.parameters(), *portal.converters[base.name].parameters()]:
-            torch.nn.init.normal_(p, std=0.3)
-    return portal
+from portal import Config, Converter
 
 
 def gelu(x):
@@ -64,7 +53,7 @@ def test_initialisations_are_the_write_ups():
     assert converter.e.std().item() == pytest.approx(1, rel=0.3)
     assert not portal.core.film.weight.any() and not portal.core.film.bias.any()
     assert not any(head.weight.any() or head.bias.any() for head in portal.core.head_B.values())
-    port = Converter(portal.cfg, 5, base.dims, like=converter)                           # from 3 layers to 5
+    port = Converter(portal.cfg, 5, base.dims, like=converter, port=True)                           # from 3 layers to 5
     assert not any(p.any() for p in port.P_out.values()) and all(p.any() for p in port.P_in.values())
     assert torch.equal(port.e, converter.e[[0, 0, 1, 2, 2]]) and port.e.requires_grad     # by relative depth
 
@@ -72,42 +61,3 @@ def test_initialisations_are_the_write_ups():
 def test_defaults_are_the_write_ups_sizes():
     cfg = Config(tasks=["a"])
     assert (cfg.d_z, cfg.d_e, cfg.hidden, cfg.d_c, cfg.rank, cfg.alpha, cfg.modules) == (256, 32, 512, 1024, 8, 16, ["q", "v"])
-
-
-def test_a_saved_run_loads_back_equal(tmp_path):
-    base = tiny_base(name="base-1.7b")  # a dot in the name must survive
-    portal = make_portal(base, modules=MODULES)
-    write_json(tmp_path / "portal.json", {"config": vars(portal.cfg), "bases": [], "seed": 0, "data": ""})
-    save_portal(tmp_path, portal)
-    loaded = load_portal(tmp_path, ["base-1.7b"])
-    assert list(loaded.converters) == ["base-1.7b"] and vars(loaded.cfg) == vars(portal.cfg)
-    def tensors(p):
-        return [p.z, *p.core.state_dict().values(), *p.converters[base.name].state_dict().values()]
-    assert all(torch.equal(got, want) for got, want in zip(tensors(loaded), tensors(portal), strict=True))
-    for got, want in zip(loaded.adapters(base.name).tensors(), portal.adapters(base.name).tensors(), strict=True):
-        torch.testing.assert_close(got, want)
-    assert not list(tmp_path.rglob(".*"))  # nothing temporary stays behind
-
-
-@pytest.mark.parametrize("name", ["core.safetensors", "latents.safetensors", "converters/tiny.safetensors"])
-def test_a_truncated_or_foreign_file_is_named(tmp_path, name):
-    portal = make_portal(tiny_base())
-    write_json(tmp_path / "portal.json", {"config": vars(portal.cfg), "bases": [], "seed": 0, "data": ""})
-    save_portal(tmp_path, portal)
-    path = tmp_path / name
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(BadInput, match=f"{path.name}.*not a whole safetensors"):
-        load_portal(tmp_path, ["tiny"])
-    save_tensors(path, {"something": torch.zeros(2)})
-    with pytest.raises(BadInput, match=f"{path.name}.*do not fit"):
-        load_portal(tmp_path, ["tiny"])
-
-
-@pytest.mark.parametrize("change", [{"config": {"tasks": ["../../elsewhere"]}}, {"bases": [{"base": "a/../../b"}]}])
-def test_names_in_portal_json_cannot_lead_out_of_the_run(tmp_path, change):
-    saved = {"config": {"tasks": ["one"]}, "bases": [{"base": "tiny"}], "seed": 0, "data": "data"}
-    write_json(tmp_path / "portal.json", saved)
-    assert load_config(tmp_path)[1].tasks == ["one"]
-    write_json(tmp_path / "portal.json", {**saved, **change})
-    with pytest.raises(BadInput, match="is no name of a task or a base"):
-        load_config(tmp_path)

@@ -4,22 +4,16 @@ import json
 import pytest
 import torch
 from conftest import exact_norms, lora_hooks, plain_loss, tiny_base, tiny_model
-from test_bases import of_task
-from test_portal import make_portal
-from torch.utils._python_dispatch import TorchDispatchMode
+from helpers import NeverWaits, make_portal, of_task, small_rows, some_items
 
-from cli import BadInput
-from data import Cycle, Item, Row, encode, micro_batches
+from runtime.files import BadInput
+from runtime.job import Job
+from data import Cycle, encode, micro_batches
 from portal import Converter
 from train import EMA, Learner, balance, fit, one_round, portal_learner, task_gradients
 
 
-def some_items(seed=0):
-    g = torch.Generator().manual_seed(seed)
-    def tokens(n):
-        return torch.randint(4, 56, (n,), generator=g).tolist()
-    return [Item(t, tokens(n), [tokens(k)], Row("t", "", [], 0)) for t, n, k in
-            [(0, 5, 1), (2, 9, 3), (1, 3, 2), (2, 4, 1), (0, 12, 2), (1, 7, 4), (0, 2, 1)]]
+SETTINGS = dict(epochs=1, batch_size=1, lr=1e-3, least=1)
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "gemma3"])
@@ -82,9 +76,9 @@ def test_the_loss_curve_is_that_of_the_plain_loop(tmp_path, ema):
         return portal, bases
 
     portal, bases = fresh()
-    learner = portal_learner(portal, rows, 3, 2, 1e-2)
-    fit("test", bases, portal.adapters, [learner], rows, epochs=3, batch_size=2, max_tokens=20, seed=seed,
-        log=tmp_path / "log.jsonl", z=portal.z, ema=ema)
+    settings = dict(epochs=3, batch_size=2, lr=1e-2, least=1, max_tokens=20)
+    learner = portal_learner(portal, rows, settings)
+    fit(Job("test", settings, seed, tmp_path / "log.jsonl"), bases, portal.adapters, [learner], rows, EMA() if ema else None)
     got = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     ends = [portal.z, *portal.core.parameters(), *portal.converters["b"].parameters()]
 
@@ -118,19 +112,14 @@ def test_the_loss_curve_is_that_of_the_plain_loop(tmp_path, ema):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("architecture", ["qwen3", "gemma3"])
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma3", "llama", "mistral"])
 def test_a_round_never_waits_for_the_device(architecture):
-    """Reading a number on the host makes a GPU run dry: a round may not do it, and may not ask for data-dependent shapes."""
-    class Waits(TorchDispatchMode):
-        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-            assert not any(word in str(f) for word in ("_local_scalar_dense", "nonzero", "masked_select", "equal.default")), f
-            return f(*args, **(kwargs or {}))
-
+    """Reading a number on the host makes a GPU run dry: a round may not do it, nor ask for data-dependent shapes."""
     base = tiny_base(architecture)
     portal = make_portal(base)
-    learner = portal_learner(portal, small_rows(), 1, 1, 1e-3)
-    with Waits():
-        one_round([base], portal.adapters, [learner], {"tiny": some_items()}, 40, {"tiny": EMA()}, portal.z)
+    learner = portal_learner(portal, small_rows(), SETTINGS)
+    with NeverWaits():
+        one_round([base], portal.adapters, [learner], {"tiny": some_items()}, 40, EMA())
 
 
 @pytest.mark.gpu
@@ -140,14 +129,14 @@ def test_a_round_on_a_gpu_gives_the_cpus_numbers_and_never_waits():
         base = tiny_base("gemma3")
         base.model.to(device)
         portal = make_portal(base).to(device)
-        learner = portal_learner(portal, small_rows(), 1, 1, 1e-3)
-        def one(running=None):
-            return one_round([base], portal.adapters, [learner], {"tiny": some_items()}, 40, running, portal.z)
+        learner = portal_learner(portal, small_rows(), SETTINGS)
+        def one(weigh=None):
+            return one_round([base], portal.adapters, [learner], {"tiny": some_items()}, 40, weigh)
         one()                                                                        # kernels are compiled, pools are filled
         if device == "cuda":
             torch.cuda.set_sync_debug_mode("error")
         try:
-            losses = one({"tiny": EMA()})
+            losses = one(EMA())
         finally:
             if device == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
@@ -165,7 +154,7 @@ def test_recomputed_layers_give_the_same_gradients():
         if recompute:
             base.recompute_layers()
         found.append(task_gradients(base, make_portal(base).adapters("tiny"), some_items(), 25))
-        assert not base.live.A and len(calls) == (1 + recompute) * len(micro_batches(some_items(), 25)) > 2
+        assert not base.active.A and len(calls) == (1 + recompute) * len(micro_batches(some_items(), 25)) > 2
     assert torch.equal(found[0][0], found[1][0]) and all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1]))
 
 
@@ -183,9 +172,14 @@ def test_balance_follows_a_worked_example():
 
 
 def test_ema_follows_a_worked_example():
-    ema = EMA()
-    torch.testing.assert_close(ema.weights(torch.tensor([2.0, 1e-6])), torch.tensor([0.5, 1000.0]))  # first value; floor
-    torch.testing.assert_close(ema.weights(torch.tensor([1.0, 1.0])), torch.tensor([1 / 1.9, 1 / (0.9e-6 + 0.1)]))
+    ema, gradients = EMA(), [torch.ones(2, 1, 2, 3), torch.ones(2, 1, 3, 2)]
+    def weights(*losses):
+        weighed = ema("tiny", torch.tensor(losses), gradients)
+        assert all(torch.equal(w, w[:, :1, :1, :1].expand_as(g)) for w, g in zip(weighed, gradients))
+        return weighed[0][:, 0, 0, 0]
+    torch.testing.assert_close(weights(2.0, 1e-6), torch.tensor([0.5, 1000.0]))       # first value; floor
+    torch.testing.assert_close(weights(1.0, 1.0), torch.tensor([1 / 1.9, 1 / (0.9e-6 + 0.1)]))
+    assert ema("other", torch.tensor([4.0, 1.0]), gradients)[0][0, 0, 0, 0] == 0.25   # a base has means of its own
 
 
 def test_schedule_clip_and_rates():
@@ -199,7 +193,7 @@ def test_schedule_clip_and_rates():
         assert p.grad.norm() == pytest.approx(1.0, rel=1e-4)
     assert rates[:3] == pytest.approx([0.5, 1.0, 1.0]) and rates[-1] == pytest.approx(1 / 18)
     portal = make_portal(tiny_base())
-    groups = portal_learner(portal, {"one": ([1] * 9, []), "two": ([1], [])}, 1, 4, 1e-3).optimizer.param_groups
+    groups = portal_learner(portal, {"one": ([1] * 9, []), "two": ([1], [])}, dict(SETTINGS, batch_size=4)).optimizer.param_groups
     assert [g["initial_lr"] for g in groups] == [1e-3, 2e-3] and groups[1]["params"][0] is portal.z
 
 
@@ -208,21 +202,16 @@ def test_select_keeps_the_best_epoch():
     learner = Learner([{"params": [p], "lr": 1.0}], ["t"], 1, 4)
     for epoch, score in enumerate([(0.5, -1.0), (0.7, -1.0), (0.7, -0.9), (0.6, -0.1)], 1):
         p.data.fill_(epoch)
-        learner.select(epoch, score)
+        learner.keep_best(epoch, {("base", "t"): score, ("base", "other"): (1.0, 0.0)})
     learner.load_best()
     assert learner.epoch == 3 and p.item() == 3
 
 
-def small_rows(n=6):
-    rows = [Row(t, f"w{i} w{i + 1}", [" w1", f" w{i + 3}"], 1) for t in ("one", "two", "three") for i in range(n)]
-    return {t: ([r for r in rows if r.task == t], [r for r in rows if r.task == t][:2]) for t in ("one", "two", "three")}
-
-
 def run_fit(tmp_path, base, portal, **changes):
     rows = small_rows()
-    learner = portal_learner(portal, rows, 3, 2, changes.pop("lr", 1e-2))
-    fit("test", [base], portal.adapters, [learner], rows, **{**dict(
-        epochs=3, batch_size=2, max_tokens=100, seed=0, log=tmp_path / "log.jsonl", z=portal.z if portal.z.requires_grad else None), **changes})
+    settings = dict(epochs=3, batch_size=2, lr=1e-2, least=1, max_tokens=100) | changes
+    learner = portal_learner(portal, rows, settings)
+    fit(Job("test", settings, 0, tmp_path / "log.jsonl"), [base], portal.adapters, [learner], rows)
     return learner
 
 

@@ -1,0 +1,77 @@
+"""Adds a task to a run: a new latent is learned; core and converters stay frozen. `train.py --add-task DIR` calls it.
+
+The latent is fitted on bases of the run, by default those that the core was trained on; a ported base then gives no
+data for the task, and its converter decodes the latent all the same. The latent starts at the mean of the trained
+ones: the core has seen no others. Nothing is drawn, so the start does not depend on the seed.
+"""
+import torch
+
+from bases import reload_base, short_name
+from data import load_tasks, sample
+from runtime.files import BadInput, today, write_json
+from runtime.job import DryRun, Job
+from runtime.resume import forget
+from runtime.run_folder import find_run, load_config, load_portal, load_tensors, lock, provenances, save_tensors
+from train import fit, portal_learner, preset, resolve_settings
+
+
+def bases_for(args, run, saved, cfg):
+    """Returns {name: provenance} of the bases to fit on. Raises BadInput if the task cannot be added."""
+    folder, added, seen = args.add_task.resolve(), saved.get("added", {}), {b["base"]: b for b in saved["bases"]}
+    task = folder.name
+    for flag in ("data", "tasks", "modules", "rank", "norm"):
+        if getattr(args, flag):
+            raise BadInput(f"--{flag} does not go with --add-task: the run has it already, and DIR is the task")
+    if not all((folder / f"{split}.jsonl").is_file() for split in ("train", "eval")):
+        raise BadInput(f"--add-task: {args.add_task} is not a task, which is a folder with train.jsonl and eval.jsonl")
+    if task in cfg.tasks and task not in added:
+        raise BadInput(f"{run}: the core was trained with a task {task!r}; another needs another name, its folder's")
+    if task in added and not (args.overwrite or args.dry_run):
+        raise BadInput(f"{run} has learned {task!r} already; --overwrite learns it again")
+    held = seen | {tag: p for tag, p in provenances(run).items() if tag == p["base"]}  # without a sweep's other samples
+    names = dict.fromkeys(map(short_name, args.bases or seen))
+    if not names or not names.keys() <= held.keys():
+        raise BadInput(f"--bases: {run} has converters of {', '.join(held) or 'none'}; accepted are some of these")
+    return {name: held[name] for name in names}
+
+
+def add_task(args):
+    """Learns the task in the folder args.add_task and adds it to the run. args: train.py's flags. Raises BadInput."""
+    run = find_run(args.run)
+    saved, cfg = load_config(run)
+    fitted_on, added, folder = bases_for(args, run, saved, cfg), saved.get("added", {}), args.add_task.resolve()
+    task, settings = folder.name, resolve_settings(args, preset(fitted_on))
+    seed = (saved["seed"] or 0) if args.seed is None else args.seed
+    rows = {task: sample(load_tasks(folder.parent, [task])[task]["train"], settings["n"], seed)}
+    bases = [reload_base(p, args.device, args.dtype, args.recompute, args.device_map,
+                         args.quantize or p.get("quantize")) for p in fitted_on.values()]
+
+    portal = load_portal(run, fitted_on).to(args.device)
+    trained = portal.z[:len(cfg.tasks) - len(added)].detach()                        # [T before any was added, d_z]
+    portal.z = torch.nn.Parameter(trained.mean(0, keepdim=True))                     # [1, d_z]
+    modules = portal.core, *portal.converters.values()
+    frozen = [p.requires_grad_(False) for module in modules for p in module.parameters()]
+    before = [p.clone() for p in frozen]
+    learner, state = portal_learner(portal, rows, settings), run / ".resume" / f"add-{task}.safetensors"
+    if not args.dry_run:
+        lock(run)
+    job = (DryRun if args.dry_run else Job)(f"add {task}", settings, seed, run / "log.jsonl", state, frozen)
+    fit(job, bases, portal.adapters, [learner], rows)
+    if args.dry_run:
+        return
+    assert all(torch.equal(p, b) for p, b in zip(frozen, before)), "the frozen core or converters changed"
+    learner.load_best()
+
+    tasks = cfg.tasks if task in added else [*cfg.tasks, task]
+    t, new = tasks.index(task), portal.z.detach().cpu()
+    for path in (run / "final" / "latents.safetensors", run / "latents.safetensors"):
+        if path.exists():
+            z = load_tensors(path)["z"]                                           # may have a row too many: load_portal
+            save_tensors(path, {"z": torch.cat([z[:t], new, z[t + 1:len(cfg.tasks)]])})  # [T + 1 or again T, d_z]
+    how = dict(folder=str(folder), bases=list(fitted_on), n=settings["n"], seed=seed, epochs=settings["epochs"],
+               epoch_selected=learner.epoch, seconds=round(job.seconds, 1), date=today())
+    write_json(run / "portal.json", {                                             # last: until then the run has T tasks
+        **saved, "config": {**saved["config"], "tasks": tasks}, "added": {**added, task: how}})
+    forget(state)
+    print(f"{task}: epoch {learner.epoch} of {settings['epochs']} selected on held-out rows; added to {run}; "
+          "python eval.py measures it on every base")

@@ -1,0 +1,93 @@
+"""Files that are written whole or not at all, JSON, and bad input as one clear line.
+
+Of several processes (distributed.py), all of which come to the same write, only rank 0 writes.
+"""
+import contextlib, datetime, json, os, pathlib
+
+import safetensors
+
+from runtime.distributed import RANK
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+class BadInput(Exception):
+    """An error that the user can mend. The message says what is wrong, where, and what is accepted."""
+
+
+def first_sentence(error):
+    """The first line of an exception's message, at most 300 characters, or its type's name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Turns what the file system refuses inside (a full disk, no permission) into a BadInput that names `path`."""
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError) as error:
+        raise BadInput(f"{path}: not written ({getattr(error, 'strerror', None) or first_sentence(error)}); "
+                       "what was saved before is untouched")
+
+
+def write_whole(path, write):
+    """Calls write(temporary path) and renames: `path` holds the old file or the new one, never a part. Raises
+    BadInput."""
+    if RANK:
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(temporary)
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+
+def write_json(path, value):
+    write_whole(path, lambda p: p.write_text(json.dumps(value, indent=1) + "\n"))
+
+
+def read_json(path):
+    """The value in a JSON file. Raises BadInput if it is missing or malformed."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: not readable as JSON ({error})")
+
+
+def read_jsonl(path):
+    """The values of a JSON lines file, [] if there is no such file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def require_same(path, value):
+    """Writes the settings of a folder's measurements to `path`. Raises BadInput if the folder has others already."""
+    if path.exists() and read_json(path) != value:
+        raise BadInput(f"{path.parent} holds measurements under other {path.stem}, see {path.name}; "
+                       "--out DIR names another folder")
+    write_json(path, value)
+
+
+def append_jsonl(path, *rows):
+    """Appends one line a row, all rows or none: half a line would spoil the next one. Raises BadInput."""
+    if RANK:
+        return
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    with writing(path), open(path, "ab", buffering=0) as f:
+        before = f.tell()
+        if f.write(data) < len(data):                                                # the disk took a part and is full
+            f.truncate(before)
+            raise OSError("no space left")
+
+
+def remove(path):
+    if RANK == 0:
+        path.unlink(missing_ok=True)
+
+
+def today():
+    """The time now, UTC, as 2026-01-31T12:00:00Z."""
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")

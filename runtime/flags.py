@@ -1,0 +1,195 @@
+"""Flags shared by the commands, and the end of a command: exit code, last line, locks released.
+
+A command calls `parse(__doc__, "its flags", ...)` in `main(argv)` and is started by `run_main(main)`.
+"""
+import argparse, pathlib, sys
+
+import torch
+
+from runtime import distributed
+from runtime.files import BadInput, first_sentence
+from runtime.run_folder import LOCKS
+
+
+# ---------------------------------------------------------------------------------------------- running a command
+def run_main(main):
+    """Runs main(). BadInput and lack of memory end as one line on stderr and exit code 2, Ctrl-C as exit code 130."""
+    try:
+        distributed.start()
+        with LOCKS:
+            main()
+        distributed.stop()
+    except BadInput as error:
+        raise SystemExit(fail(error))
+    except KeyboardInterrupt as stop:
+        say(f"interrupted; {str(stop) or 'what was saved before is untouched'}")
+        raise SystemExit(130)
+    except Exception as error:
+        if out_of_memory(error):
+            raise SystemExit(fail(f"out of memory ({first_sentence(error)}); try a smaller --max-tokens"))
+        if distributed.another_failed():                                             # which has printed the cause; this
+            raise SystemExit(2)                                                      # process only lost its partner
+        raise
+
+
+def out_of_memory(error):
+    """Whether memory is exhausted: a GPU's allocator has its own exception, a CPU's is known by its message."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def fail(message):
+    say("error: " + " ".join(str(message).split()))
+    return 2
+
+
+def say(line):
+    if distributed.first_to_fail():
+        print(line, file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------- values
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line that names the option and what is accepted."""
+
+    def error(self, message):
+        if message.startswith("unrecognized arguments"):
+            options = [option for action in self._actions for option in action.option_strings]
+            message += "; accepted: " + " ".join(option for option in options if option.startswith("--"))
+        raise SystemExit(fail(message))
+
+
+def refuse(text, accepted):
+    raise argparse.ArgumentTypeError(f"{text!r} is not accepted: {accepted}")
+
+
+def positive(kind):
+    """A parser of finite numbers above 0; kind: int or float."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        return value if 0 < value < float("inf") else refuse(text, f"a {'whole ' * (kind is int)}number above 0 is")
+    return parse
+
+
+def commas(kind=str):
+    """A parser of a list separated by commas, no part empty or given twice."""
+    def parse(text):
+        parts = [part.strip() for part in text.split(",")]
+        if not all(parts) or len(set(parts)) < len(parts):
+            refuse(text, "names separated by commas, none twice, are")
+        return [kind(part) for part in parts]
+    return parse
+
+
+def some_of(names):
+    """A parser of 'all' or a comma-separated list of some of `names`."""
+    def parse(text):
+        chosen = list(names) if text == "all" else commas()(text)
+        return chosen if set(chosen) <= set(names) else refuse(text, f"'all' or some of {','.join(names)} is")
+    return parse
+
+
+def device(text):
+    """A torch device of this machine: cpu, cuda or cuda:N."""
+    try:
+        if torch.device(text).type not in ("cpu", "cuda"):
+            raise RuntimeError
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a device of this machine: cpu, cuda or cuda:0 are accepted")
+    gpus = torch.cuda.device_count()
+    if distributed.WORLD > 1 and text != "cpu" and (text != "cuda" or distributed.LOCAL_RANK >= gpus):
+        refuse(text, f"each of several processes takes a GPU of its own, --device cuda, and this machine has {gpus}; "
+                     "--device cpu is accepted, too")
+    return text
+
+
+def seed(text):
+    if text.isdecimal() and int(text) < 2 ** 63:
+        return int(text)
+    refuse(text, "a whole number from 0 to 2^63 - 1 is")
+
+
+# {group of the help: {flag: argparse's keywords}}; a flag means the same in every command. A default of None: the
+# preset's value (train.py) or what the run was trained with.
+FOLDER = dict(type=pathlib.Path, metavar="DIR")
+NUMBER = dict(type=positive(int), metavar="N")
+NAMES = dict(type=commas(), metavar="A,B")
+SWITCH = dict(action="store_true")
+FLAGS = {
+    "what to work on": {
+        "bases": dict(NAMES, help="aliases, hub ids (org/name@revision), local folders or .gguf files"),
+        "to": dict(NAMES, help="the bases to port to, named like --bases"),
+        "data": dict(FOLDER, help="folder of tasks: DIR/<task>/{train,eval}.jsonl"),
+        "tasks": dict(NAMES, help="some of the tasks (default: all); --task is the same"),
+        "task": dict(metavar="TASK", help="the task, or 'all'"),
+        "add-task": dict(FOLDER, help="learn one more task, DIR/{train,eval}.jsonl, with core and converters frozen, "
+                                      "on --bases of the run (default: those that the core was trained on)"),
+        "n": dict(NUMBER, help="training rows a task, a seeded random sample (held-out rows are part of it)"),
+        "eval-rows": dict(NUMBER, help="evaluation rows a task, a seeded random sample (default: all)"),
+        "methods": dict(NAMES, help="methods to measure, of base,lora,lora_iso,cross_lora,copy,random,hypernet,portal "
+                                    "(default: all but lora_iso, LoRAs with as many parameters as the converter, and "
+                                    "hypernet, the generator trained on that base alone)"),
+        "method": dict(choices=["portal", "lora", "cross_lora", "copy", "random"], default="portal",
+                       help="whose adapters"),
+        "artifact": dict(FOLDER, help="a portallib artifact to read: config.json, model.safetensors"),
+        "ported": dict(SWITCH, help="the artifact is a refit: its base counts as unseen")},
+    "the method": {
+        "modules": dict(metavar="A,B", help="adapted projections: 'all' or some of q,k,v,o,gate,up,down"),
+        "rank": dict(NUMBER, help="rank of the generated adapters"),
+        "align": dict(SWITCH, help="start P_in by regression on a source base of the run, which is loaded, too: fewer "
+                                   "rows are then enough"),
+        "norm": dict(choices=["layer", "none"], help="LayerNorm in the trunk, or the write-up's trunk as printed")},
+    "the optimiser": {
+        "epochs": dict(NUMBER, help="passes over the largest task"),
+        "batch-size": dict(NUMBER, help="rows of every task in a round"),
+        "lr": dict(type=positive(float), metavar="RATE", help="learning rate of core and converter (z: twice that)"),
+        "seed": dict(type=seed, metavar="N", help="seed of everything random (train: 0; else the run's)")},
+    "the machine": {
+        "device": dict(type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="torch device"),
+        "dtype": dict(choices=["float32", "bfloat16", "float16"],
+                      help="of the frozen base (CPU: float32, GPU: bfloat16)"),
+        "device-map": dict(choices=["auto"], help="spread a base too big for one GPU over all of them (accelerate)"),
+        "quantize": dict(choices=["4bit"], help="hold the base's weights in 4 bits, NF4 (bitsandbytes; CUDA)"),
+        "max-tokens": dict(NUMBER, help="token budget of a micro-batch, padding included"),
+        "recompute": dict(SWITCH, help="keep no layer's inner activations: less memory, more time")},
+    "the run and its files": {
+        "run": dict(FOLDER, help="run folder (train: out/<bases>; else the run trained last)"),
+        "out": dict(FOLDER, help="the folder to write"),
+        "merge": dict(SWITCH, help="write the whole model with the adapter in its weights (stored as --dtype)"),
+        "portallib": dict(SWITCH, help="write a portallib artifact: all tasks on one base"),
+        "overwrite": dict(SWITCH, help="replace what the run folder already holds"),
+        "dry-run": dict(SWITCH, help="run a few rounds, print what all would take in memory and time; write nothing"),
+        "show": dict(NUMBER, help="print N evaluation rows a task, before and after; write nothing")},
+}
+
+
+def parse(description, names, argv=None, defaults=({}, {}), **changes):
+    """Returns the parsed flags `names` (spelled as on the command line). defaults: what stands for a flag that is not
+    given, on the toy and on other bases ({name: value}), for the help; changes: argparse's keywords of a flag of the
+    command's own, or in place of a shared flag's. Ends the command with one line on stderr and exit code 2 for bad
+    flags."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)                      # set by python -m
+    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    usage=f"python {f'-m {module.name}' if module else '%(prog)s'} [--flag VALUE ...]")
+    wanted, shared = names.split(), set().union(*FLAGS.values())
+    for title, flags in [*FLAGS.items(), ("its own", {name: {} for name in wanted if name not in shared})]:
+        group = parser.add_argument_group(title)                                     # one without flags is not printed
+        for name in [name for name in flags if name in wanted]:
+            key = name.replace("-", "_")
+            spec = {**flags[name], **changes.get(key, {})}
+            toy, real = (preset.get(key, spec.get("default")) for preset in defaults)
+            if real:
+                shown = real if toy == real else f"{toy} on the toy, else {real}"
+                spec["help"] += f" (default: {','.join(shown) if isinstance(shown, list) else shown})"
+            group.add_argument("--" + name, *(["--task"] if name == "tasks" else []), **spec)
+    args = parser.parse_args(argv)
+    if getattr(args, "device_map", None):
+        if distributed.WORLD > 1:
+            parser.error("--device-map gives all GPUs to one process, torchrun one to each; it is one or the other")
+        args.device = FLAGS["the machine"]["device"]["default"]
+    if "dtype" in args:
+        args.dtype = getattr(torch, args.dtype or ("float32" if args.device.startswith("cpu") else "bfloat16"))
+    return args

@@ -1,0 +1,283 @@
+"""The bookkeeping of one fit, outside the loop that a reader of train.fit reads: state file, progress, log, refusals.
+
+    Job      runs all epochs; restores a killed fit, saves on time and at Ctrl-C, appends a line an epoch to log.jsonl
+    DryRun   has the same methods; runs four rounds and one evaluation and prints what the whole fit would take
+
+The state file holds the learners' parameters and optimiser states, the running means of the losses and the position in
+the run. It does not hold the order of the rows, which the seed repeats, nor the frozen base. It belongs to one
+configuration, told by a digest; the state of another one is left aside.
+"""
+import contextlib, datetime, json, resource, signal, sys, threading, time
+from types import SimpleNamespace
+
+import safetensors, safetensors.torch
+import torch
+from tqdm import tqdm
+
+from runtime.distributed import NO_BAR, RANK
+from runtime.files import BadInput, append_jsonl, today, write_whole
+from runtime.flags import out_of_memory
+from runtime.resume import digest, place_lines
+
+EVERY = 60  # seconds between two saves within an epoch, at least
+
+
+def peak_memory(device):
+    """Peak memory in bytes: of a GPU since the last call, of this process on a CPU since it started."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Job:
+    """One fit. `what`: its name in the log; settings: a dict with epochs, batch_size and max_tokens; log: path of
+    log.jsonl; state: path of the state file, which the caller removes, or None; frozen: tensors that the adapters
+    depend on and no learner has, for the digest. After the fit, `seconds` includes those of killed processes."""
+
+    def __init__(self, what, settings, seed, log, state=None, frozen=()):
+        self.what, self.seed, self.log, self.path, self.frozen = what, seed, log, state, frozen
+        self.last, self.batch_size, self.max_tokens = (settings[key] for key in ("epochs", "batch_size", "max_tokens"))
+        # The position: rounds done; lines of finished epochs; this epoch's loss, tokens and start (in `seconds`).
+        self.at = SimpleNamespace(done=0, lines=[], loss=0.0, tokens=0, began=0.0, seconds=0.0)
+
+    @property
+    def seconds(self):
+        return self.at.seconds
+
+    @contextlib.contextmanager
+    def fit(self, bases, learners, rows, source, weigh=None):
+        """Everything around the loop: restores before it; saves at Ctrl-C; names base, round and tasks when memory is
+        full."""
+        self.bases, self.learners, self.source = bases, learners, source
+        self.means = getattr(weigh, "means", {})                                     # {base name: [T]}
+        self.means.clear()
+        self.per_epoch = max(learner.rounds for learner in learners)
+        self.identity, self.due = self.digest(rows, weigh), time.time() + EVERY
+        self.load()
+        for learner in learners:
+            for task in learner.tasks:
+                source.skip(task, learner.schedule.last_epoch)                     # the rows of the steps already taken
+        self.started, self.deferred, self.pressed = time.time() - self.at.seconds, False, False
+        self.bar = tqdm(total=self.last * self.per_epoch, initial=self.at.done, desc=self.what, unit="round",
+                        disable=NO_BAR)
+        with self.bar, self.interrupts():
+            try:
+                yield
+            except KeyboardInterrupt:
+                if self.path is None:
+                    raise
+                self.save()
+                raise KeyboardInterrupt(f"{self.what} is saved after round {self.at.done}; "
+                                        "the same command goes on from there")
+            except (RuntimeError, MemoryError) as error:
+                self.name_memory(error)
+                raise
+
+    def epochs(self):
+        for epoch in range(len(self.at.lines) + 1, self.last + 1):
+            self.scores = {}
+            yield epoch
+            with self.defer_interrupt():
+                self.end_epoch(epoch)
+
+    def rounds(self, epoch):
+        """Yields the number of each round of an epoch, from 0. Ctrl-C waits for the end of a round: a part of one
+        could not be saved."""
+        for k in range(self.at.done - (epoch - 1) * self.per_epoch, self.per_epoch):
+            self.forget_batches()
+            with self.defer_interrupt():
+                yield k
+            self.bar.update()
+            if time.time() > self.due:
+                self.save()
+        self.forget_batches()
+
+    def record(self, losses, items):
+        """Takes a round's losses [bases, T] and its items {base name: [Item]}. Raises BadInput if a loss is not
+        finite."""
+        losses = losses.cpu()                                                        # waits for the device
+        for base, own in zip(self.bases, losses):
+            self.check(own, "", base.name, self.at.done + 1)
+        tasks = {item.task for own in items.values() for item in own}
+        loss = float(losses.sum()) / len(tasks) / len(self.bases)
+        at = self.at
+        at.done, at.loss, at.seconds = at.done + 1, at.loss + loss, time.time() - self.started
+        at.tokens += sum(item.length() for own in items.values() for item in own)
+        self.bar.set_postfix(loss=f"{loss:.3f}", tok_s=int(at.tokens / (at.seconds - at.began)), refresh=False)
+
+    def record_scores(self, scores):
+        """Takes an epoch's scores {(base name, task): (acc_norm, -log_loss)} and returns them. Raises BadInput if one
+        is not finite."""
+        for base in self.bases:
+            own = [scores.get((base.name, task), (0.0, 0.0))[1] for task in self.source.tasks]
+            self.check(torch.tensor(own), "held-out ", base.name, self.at.done)
+        self.scores = scores
+        return scores
+
+    def check(self, losses, which, base, number):
+        if not torch.isfinite(losses).all():
+            bad = ", ".join(self.source.tasks[int(t)] for t in (~torch.isfinite(losses)).nonzero())
+            raise BadInput(f"{self.what}: the {which}loss is not finite on base {base}, task {bad}, round {number}; "
+                           "try a smaller --lr or --dtype float32, which starts over")
+
+    def end_epoch(self, epoch):
+        """Saves the state, appends the epoch's line to the log and prints it."""
+        at, scores = self.at, list(self.scores.values())
+        acc, log_loss = (sum(column) / len(scores) for column in zip(*scores)) if scores else (None, None)
+        log_loss, seconds = log_loss and -log_loss, at.seconds - at.began
+        line = dict(event="epoch", what=self.what, bases=[base.name for base in self.bases], epoch=epoch,
+                    loss=at.loss / self.per_epoch, held_acc_norm=acc, held_log_loss=log_loss, seconds=round(seconds, 2),
+                    rounds=self.per_epoch, tokens=at.tokens, tokens_per_s=round(at.tokens / seconds),
+                    peak_memory=peak_memory(self.bases[0].device), date=today())
+        at.lines, at.loss, at.tokens = [*at.lines, line], 0.0, 0
+        at.seconds = at.began = time.time() - self.started
+        self.save()                                                               # first: then the line can be put back
+        append_jsonl(self.log, line)
+        held = f"held-out acc_norm {acc:.3f}, log_loss {log_loss:.3f}" if scores else "nothing held out"
+        tqdm.write(f"{self.what} epoch {epoch}/{self.last}: loss {line['loss']:.3f}, {held}, {seconds:.0f} s, "
+                   f"{line['tokens_per_s']} tokens/s")
+
+    # ------------------------------------------------------------------------------------------ the state file
+    def digest(self, rows, weigh):
+        """A digest of all that the numbers of the fit follow from. Not of max_tokens and the device, which change
+        rounding alone: a fit that ran out of memory may go on with a smaller --max-tokens."""
+        facts = [[base.name, base.origin, base.revision, str(base.model.dtype)] for base in self.bases]
+        facts += [[learner.tasks, learner.rounds, learner.schedule.base_lrs] for learner in self.learners]
+        weights = [p for base in self.bases for p in base.model.parameters()]      # a folder may hold another model now
+        return digest([self.what, facts, rows, (self.last, self.batch_size, self.seed, type(weigh).__name__)],
+                      [*weights, *self.frozen, *(p for learner in self.learners for p in learner.params)])
+
+    def load(self):
+        """Restores learners, running means, position and log.jsonl if the state file is of this very fit."""
+        if self.path is None or not self.path.exists():
+            return
+        try:
+            with safetensors.safe_open(self.path, "pt") as file:
+                note = json.loads(file.metadata()["note"])
+                same = note["identity"] == self.identity
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys() if same}
+        except (OSError, safetensors.SafetensorError, TypeError, KeyError, ValueError) as error:
+            raise BadInput(f"{self.path}: not a whole state file ({error}); delete it to start over")
+        place_lines(self.log, note["at"]["lines"], keep=same)
+        if not same:
+            return print(f"{self.what} starts anew: {self.path} is the state of another configuration")
+        def part(prefix):
+            return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        for i, (learner, rest) in enumerate(zip(self.learners, note["learners"])):
+            learner.restore(part(f"{i}."), rest)
+        self.means.update({name: mean.to(self.learners[0].params[0].device) for name, mean in part("ema.").items()})
+        vars(self.at).update(note["at"])
+        print(f"continuing {self.what} after round {self.at.done} (complete epochs: {len(self.at.lines)}); "
+              f"delete {self.path} to start over")
+
+    def save(self):
+        if self.path is None or RANK:
+            return
+        start, rests = time.time(), []
+        tensors = {f"ema.{name}": mean for name, mean in self.means.items()}
+        for i, learner in enumerate(self.learners):
+            own, rest = learner.state()
+            tensors.update({f"{i}.{name}": t for name, t in own.items()})
+            rests.append(rest)
+        tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        note = json.dumps(dict(identity=self.identity, at=vars(self.at), learners=rests))
+        write_whole(self.path, lambda p: safetensors.torch.save_file(tensors, p, {"note": note}))
+        self.due = time.time() + max(EVERY, 20 * (time.time() - start))            # saving takes 5% of the time at most
+
+    # ------------------------------------------------------------------------------------------ Ctrl-C and memory
+    @contextlib.contextmanager
+    def interrupts(self):
+        """Ctrl-C inside raises KeyboardInterrupt, but within `defer_interrupt` at its end; a second one ends the
+        process at once. Where Ctrl-C does not raise KeyboardInterrupt (a background job, another thread) it is left
+        as it is."""
+        ordinary = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if not ordinary or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        def press(*_):
+            if not self.deferred:
+                raise KeyboardInterrupt
+            if self.pressed:
+                sys.exit(130)
+            self.pressed = True
+        signal.signal(signal.SIGINT, press)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    @contextlib.contextmanager
+    def defer_interrupt(self):
+        self.deferred = True
+        yield
+        self.deferred = False
+        if self.pressed:
+            self.pressed = False
+            raise KeyboardInterrupt
+
+    def forget_batches(self):
+        for base in self.bases:
+            base.batch = None
+
+    def name_memory(self, error):
+        """Raises BadInput with base, round, micro-batch and tasks if `error` is a lack of memory in a base's forward
+        pass."""
+        used = [base for base in self.bases if base.batch is not None]               # the last one was computing
+        if out_of_memory(error) and used:
+            items, ids = used[-1].batch.items, used[-1].batch.ids
+            raise BadInput(
+                f"{self.what}: out of memory on base {used[-1].name}, round {self.at.done + self.deferred}, in a "
+                f"micro-batch of {ids.shape[0]} rows by {ids.shape[1]} tokens of "
+                f"{', '.join(sorted({item.row.task for item in items}))}; try a smaller --max-tokens, "
+                "--recompute or --dtype bfloat16; what was saved before is untouched")
+
+
+class DryRun:
+    """Stands in for a Job: a round of every task's longest rows (they need the most memory, and this warms up), the
+    three rounds that the fit starts with, and one micro-batch of held-out rows on each base. Writes nothing."""
+
+    def __init__(self, what, settings, seed, *_, **__):
+        self.what, self.seed, self.seconds, self.times = what, seed, 0.0, []
+        self.last, self.batch_size, self.max_tokens = (settings[key] for key in ("epochs", "batch_size", "max_tokens"))
+
+    def clock(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.time()
+
+    @contextlib.contextmanager
+    def fit(self, bases, learners, rows, source, weigh=None):
+        self.device = bases[0].device
+        for cycle in source.cycles.values():
+            cycle.left = sorted(cycle.items, key=lambda item: item.length())[-self.batch_size:]
+        tokens = sum(item.length() for held in source.held.values() for item in held)
+        for held in source.held.values():
+            held.sort(key=lambda item: item.length(), reverse=True)
+            del held[max(1, self.max_tokens // held[0].length()) if held else 0:]
+        part = sum(item.length() for held in source.held.values() for item in held)
+        yield
+        scoring = self.scoring * tokens / part if part else 0.0
+        rounds, seconds = max(learner.rounds for learner in learners) * self.last, sum(self.times[1:]) / 3
+        total = datetime.timedelta(seconds=round(rounds * seconds + self.last * scoring))
+        print(f"{self.what}, dry run: {rounds} rounds of {seconds:.2f} s and {self.last} evaluations of "
+              f"{scoring:.1f} s on held-out rows, {total} in all; peak memory "
+              f"{peak_memory(self.device) / 2 ** 30:.2f} GiB; nothing was written")
+
+    def epochs(self):
+        yield 1
+
+    def rounds(self, epoch):
+        for _ in range(4):
+            start = self.clock()
+            yield 0                                                                  # as in the first round, all learn
+            self.times.append(self.clock() - start)
+        self.began = self.clock()
+
+    def record(self, losses, items):
+        pass
+
+    def record_scores(self, scores):
+        self.scoring = self.clock() - self.began
+        return scores

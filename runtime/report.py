@@ -1,0 +1,76 @@
+"""What a run measured: reading JSON lines, drawing plots, naming the hardware and the commit."""
+import contextlib, json, os, pathlib, platform, re, subprocess
+
+import numpy as np
+import torch
+
+from runtime.files import ROOT, BadInput, first_sentence, write_whole
+
+
+def pack(correct):
+    """Returns a bool for each row as hex digits of four rows, the first row the highest bit, padded with zeros."""
+    return np.packbits(np.array(correct, bool)).tobytes().hex()[:-(-len(correct) // 4)]
+
+
+def unpack(text, rows):
+    """Returns the list of bools that `pack` wrote as `text`. Raises ValueError if it did not."""
+    octets = np.frombuffer(bytes.fromhex(text + "0" * (len(text) % 2)), np.uint8)
+    correct = np.unpackbits(octets, count=rows).astype(bool).tolist()                # filled up with zeros
+    if pack(correct) != text:
+        raise ValueError(f"{text!r} is not {rows} rows")
+    return correct
+
+
+def each_line(path, use, what):
+    """Calls use(value) for every line of a JSON lines file; BadInput names the file, or the line that is not `what`."""
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: not readable ({error})")
+    for number, line in enumerate(lines, 1):
+        try:
+            use(json.loads(line))
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadInput(f"{path}:{number}: not {what} ({first_sentence(error)})")
+
+
+def read_results(run):
+    """Returns {(base, n, method, select): {task: row}} from results.jsonl; of a cell, the last line counts."""
+    found = {}
+    def add(row):
+        found.setdefault((row["base"], row["n"], row["method"], row["select"]), {})[row["task"]] = row
+    each_line(run / "results.jsonl", add, "a result row")
+    return found
+
+
+def hardware():
+    """The processor, GPU and torch version, as one line."""
+    info = pathlib.Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.+)", info.read_text(), re.M) if info.exists() else []
+    cpu = names[0] if names else platform.processor() or platform.machine()
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{cpu}, {os.cpu_count()} cores{gpu}, torch {torch.__version__}"
+
+
+def commit():
+    """The commit of this checkout, as `git describe --always --dirty` names it."""
+    found = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return found.stdout.strip() or "not a git checkout"
+
+
+@contextlib.contextmanager
+def drawing(path, width, columns=1):
+    """Yields matplotlib axes (or an array of `columns` axes), saved as a PNG at `path` afterwards."""
+    from matplotlib.figure import Figure
+    figure = Figure((width, 3.6), layout="tight")
+    yield figure.subplots(ncols=columns)
+    write_whole(path, lambda p: figure.savefig(p, format="png", dpi=110))
+
+
+def plot(path, title, tasks, bars):
+    """Draws bars {method: [a value for each task]} as a PNG."""
+    from pandas import DataFrame
+    with drawing(path, 2 + 0.8 * len(tasks)) as axes:
+        DataFrame(bars, tasks).plot.bar(ax=axes, width=0.8, ylim=(0, 1), ylabel="acc_norm", title=title)
+        axes.set_xticks(range(len(tasks)), tasks, rotation=35, ha="right")
+        axes.legend(ncols=len(bars), loc="lower center", bbox_to_anchor=(0.5, 1.08), frameon=False)

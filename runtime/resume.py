@@ -1,0 +1,64 @@
+"""A killed command goes on: started again, it ends with the numbers of an undisturbed one. Journal lists the finished
+parts of a command of many parts (port.py, eval.py); the state of a single fit is job.py's.
+
+A kill can come between any two instructions, so nothing relies on tidying up afterwards. Files are written whole, and
+lines for a .jsonl file are saved here before they are appended there: on the way back those that it lacks are known,
+and none can be there twice. """
+import contextlib, hashlib, json
+
+from runtime.files import append_jsonl, read_json, remove, write_json, write_whole, writing
+
+
+def digest(facts, tensors=()):
+    """A SHA-256 digest of JSON-able facts and of the first 64 numbers of each tensor, which differ in other weights."""
+    found = hashlib.sha256(json.dumps(facts).encode())
+    for tensor in tensors:
+        found.update(tensor.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+def place_lines(path, rows, keep=True):
+    """Makes `rows` the last lines of a .jsonl file, each once, whether or not it held them; keep=False: takes them
+    out."""
+    ours = [json.dumps(row) for row in rows]
+    before = path.read_text().splitlines() if path.exists() else []
+    after = [line for line in before if line not in ours] + (ours if keep else [])
+    if after != before:
+        write_whole(path, lambda p: p.write_text("".join(line + "\n" for line in after)))
+
+
+def forget(path):
+    """Removes a state file or journal, and its folder if that is then empty."""
+    with writing(path):
+        remove(path)
+    with contextlib.suppress(OSError):                                               # not empty, or gone
+        path.parent.rmdir()
+
+
+class Journal:
+    """The finished parts of one command, {name: the lines it wrote}. `command`: its digest."""
+
+    def __init__(self, path, command):
+        self.path, self.command = path, command
+        saved = read_json(path) if path.exists() else {}
+        self.done = saved["done"] if saved.get("command") == command else {}
+        if self.done:
+            print(f"continuing an interrupted command: {len(self.done)} of its parts are done; "
+                  f"delete {path} to start over")
+
+    def add(self, part, path=None, rows=()):
+        """Records that `part` is finished, and appends its `rows` to the .jsonl file `path`."""
+        self.done[part] = rows
+        write_json(self.path, dict(command=self.command, done=self.done))
+        if rows:
+            append_jsonl(path, *rows)
+
+    def place(self, path):
+        """Puts all lines of the finished parts into `path`, each once."""
+        place_lines(path, [row for rows in self.done.values() for row in rows])
+
+
+def command_of(args, *more):
+    """The digest of a command: its flags, but for those that change rounding alone, and `more` JSON-able facts."""
+    free = ("device", "device_map", "max_tokens", "recompute")
+    return digest([{k: str(v) for k, v in vars(args).items() if k not in free}, *more])

@@ -1,0 +1,218 @@
+"""The run folder: which one, its lock, its replacement as a whole; the method's parameters on disk (safetensors,
+JSON)."""
+import contextlib, importlib, os, pathlib, re, shutil, tempfile
+
+import filelock, safetensors, safetensors.torch
+import torch
+
+from portal import Adapters, Config, Converter, Portal
+from runtime.distributed import RANK, barrier
+from runtime.files import BadInput, read_json, write_whole, writing
+
+OUT = pathlib.Path("out")
+
+
+# ---------------------------------------------------------------------------------------------- the folder
+def find_run(run):
+    """`--run`, or the run trained last (the newest `trained` date in out/*/portal.json). A portallib artifact is read
+    into the run out/<its name>. Prints which. Raises BadInput."""
+    if run is None:
+        found = list(OUT.glob("[!.]*/portal.json"))                                  # not .<run>.new<pid>, half written
+        if not found:
+            raise BadInput(f"no run in {OUT}/: train one first (python train.py) or name one with --run DIR")
+        run = max(found, key=lambda p: read_json(p).get("trained", "")).parent
+    if (run / "config.json").exists() and read_json(run / "config.json").get("library_name") == "portallib":
+        artifact, run = run.resolve(), OUT / run.resolve().name
+        made = read_json(run / "portal.json")["bases"] if (run / "portal.json").exists() else []
+        if str(artifact) not in [base.get("artifact") for base in made] and RANK == 0:
+            importlib.import_module("export").import_artifact(artifact, run)         # export.py imports this file
+        barrier()
+    if not (run / "portal.json").exists():
+        raise BadInput(f"{run}: not a run folder (it has no portal.json); python train.py makes one")
+    print(f"run: {run}")
+    return run
+
+
+def occupied(path):
+    """Whether `path` holds anything that a new folder must not replace unasked. An empty folder does not count."""
+    return path.exists() and not (path.is_dir() and not any(path.iterdir()))
+
+
+def sibling(run, kind):
+    """out/toy -> out/.toy.<kind>, absolute."""
+    return run.resolve().with_name(f".{run.resolve().name}.{kind}")
+
+
+LOCKS = contextlib.ExitStack()  # closed by run_main at the end of a command
+
+
+def lock(run):
+    """Locks `run` for writing until this command ends, and removes what a killed one left. Raises BadInput if another
+    process holds the lock. The lock file lies beside the run, since train.py replaces the folder as a whole; it stays
+    there, because removing it would give two waiting processes two different files to lock."""
+    if RANK:                                                                         # rank 0 holds it for all
+        return
+    path = run.resolve()
+    with writing(run):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        inside = path.is_dir() and not os.access(path.parent, os.W_OK)           # then no command can replace it either
+        file = path / ".lock" if inside else sibling(run, "lock")
+        try:
+            LOCKS.enter_context(filelock.FileLock(file).acquire(timeout=0))
+        except filelock.Timeout:
+            raise BadInput(f"{run}: process {file.read_text() or '(starting)'} is writing into it; wait until it has "
+                           "ended, or name another folder with --run DIR")
+        file.write_text(str(os.getpid()))
+    remove_leftovers(path)
+
+
+def remove_leftovers(path):
+    """Removes temporary files of a killed command in a locked run and beside it. A command killed between the two
+    renames of `new_folder` left the old run under another name: it is renamed back."""
+    for left in path.parent.glob(f".{path.name}.old[0-9]*"):
+        left.rename(path) if not path.exists() else shutil.rmtree(left, ignore_errors=True)
+    for left in path.parent.glob(f".{path.name}.new[0-9]*"):
+        shutil.rmtree(left, ignore_errors=True)
+    for folder in (path, sibling(path, "part")):
+        for left in folder.rglob(".*"):
+            if re.fullmatch(r"\..+\.\d+", left.name) and left.is_file():             # write_whole's
+                left.unlink()
+
+
+@contextlib.contextmanager
+def new_folder(path):
+    """Yields a new folder to fill; at the end it replaces `path`. If anything fails, `path` is as before."""
+    if RANK:
+        with tempfile.TemporaryDirectory() as elsewhere:
+            yield pathlib.Path(elsewhere)
+        return
+    path = path.resolve()
+    new, old = (sibling(path, f"{which}{os.getpid()}") for which in ("new", "old"))
+    with writing(path):
+        new.mkdir(parents=True)
+    try:
+        yield new
+        with writing(path):
+            if path.exists():
+                path.rename(old)
+            try:
+                new.rename(path)
+            except BaseException:
+                if old.exists():
+                    old.rename(path)
+                raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------------------------- tensors and JSON
+def save_tensors(path, tensors, metadata=None):
+    """Writes {name: tensor} as safetensors, whole or not at all. Raises BadInput."""
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    write_whole(path, lambda p: safetensors.torch.save_file(tensors, p, metadata))
+
+
+def load_tensors(path):
+    """Returns {name: tensor}. Raises BadInput if the file is missing, truncated or something else."""
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise BadInput(f"{path}: not a whole safetensors file ({error}); restore it or run the command that made it "
+                       "again")
+
+
+def load_into(module, path):
+    try:
+        module.load_state_dict(load_tensors(path))
+    except RuntimeError:
+        raise BadInput(f"{path}: its tensors do not fit this run's portal.json (another configuration's file?)")
+
+
+def save_adapters(path, adapters):
+    save_tensors(path, {**{f"A.{m}": a for m, a in adapters.A.items()}, **{f"B.{m}": b for m, b in adapters.B.items()},
+                        "scale": torch.tensor(adapters.scale)})
+
+
+def load_adapters(path, device="cpu"):
+    tensors = {name: tensor.to(device) for name, tensor in load_tensors(path).items()}
+    if "scale" not in tensors:
+        raise BadInput(f"{path}: holds no adapters")
+    A, B = ({name[2:]: t for name, t in tensors.items() if name.startswith(side)} for side in ("A.", "B."))
+    return Adapters(A, B, float(tensors["scale"]))
+
+
+def save_portal(run, portal, final=False):
+    """Writes latents, core and converters; final: as the last epoch's, in final/, beside the selected one's."""
+    folder = run / "final" if final else run
+    save_tensors(folder / "core.safetensors", portal.core.state_dict())
+    save_tensors(folder / "latents.safetensors", {"z": portal.z})
+    for name in portal.converters:
+        save_converter(run, portal, name, name, final)
+
+
+def save_converter(run, portal, name, tag, final=False):
+    """Writes the converter of base `name` as converters/<tag>.safetensors (a sweep's tags are <base>@<n>)."""
+    folder = run / "final" if final else run
+    save_tensors(folder / "converters" / f"{tag}.safetensors", portal.converters[name].state_dict())
+
+
+def saved_at(run, name, final):
+    """The path of a file: in final/, which holds the last epoch's state where another epoch was selected, or in the
+    run."""
+    return run / "final" / name if final and (run / "final" / name).exists() else run / name
+
+
+def load_config(run):
+    """Returns (portal.json as a dict, Config). Raises BadInput if it is malformed."""
+    saved = read_json(run / "portal.json")
+    try:
+        cfg, names = Config(**saved["config"]), [*saved["config"]["tasks"], *(b["base"] for b in saved["bases"])]
+        saved["seed"], saved["data"]
+    except (KeyError, TypeError) as error:
+        raise BadInput(f"{run / 'portal.json'}: not a PorTAL configuration ({error})")
+    for name in names:
+        if not plain(name):
+            raise BadInput(f"{run / 'portal.json'}: {name!r} is no name of a task or a base: it names files and "
+                           "folders here")
+    return saved, cfg
+
+
+def plain(name):
+    """Whether a name read from a file may name a file or folder: it must not lead out of its folder."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not {"/", "\\", "\0"} & set(name)
+
+
+def provenances(run):
+    """Returns {tag: provenance}, the contents of converters/<tag>.json of a run. Raises BadInput."""
+    return {path.stem: read_json(path) for path in sorted((run / "converters").glob("*.json"))}
+
+
+def load_converter(cfg, path):
+    tensors = load_tensors(path)
+    try:
+        dims = {m: (tensors[f"P_in.{m}"].shape[1], tensors[f"P_out.{m}"].shape[0]) for m in cfg.modules}
+        converter = Converter(cfg, len(tensors["e"]), dims)
+    except (KeyError, IndexError):
+        raise BadInput(f"{path}: its tensors do not fit this run's portal.json (another configuration's file?)")
+    load_into(converter, path)
+    return converter
+
+
+def load_portal(run, tags=(), final=False):
+    """Returns a saved run as a Portal with the converters of `tags`, of the selected epoch or (final) the last. Raises
+    BadInput if a file is missing or does not fit portal.json."""
+    run = pathlib.Path(run)
+    def newest(name):
+        return saved_at(run, name, final)
+    _, cfg = load_config(run)
+    portal = Portal(cfg)
+    load_into(portal.core, newest("core.safetensors"))
+    z = load_tensors(newest("latents.safetensors")).get("z")
+    T = len(cfg.tasks)  # the file has more rows if an --add-task was killed before it wrote portal.json
+    if z is None or z.dim() != 2 or z[:T].shape != portal.z.shape:
+        raise BadInput(f"{newest('latents.safetensors')}: its tensors do not fit this run's portal.json")
+    portal.z.data = z[:T]
+    for tag in tags:
+        portal.converters[tag] = load_converter(cfg, newest(f"converters/{tag}.safetensors"))
+    return portal

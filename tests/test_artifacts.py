@@ -1,0 +1,207 @@
+"""portallib artifacts both ways, against the portallib package itself: same weights in, same LoRA factors out."""
+import json
+
+import pytest, torch
+from conftest import command, fingerprint, one_line, save_tiny, tiny_model
+from safetensors.torch import load_file, save_file
+from test_export import TASKS, make_run
+from conftest import SIZES
+
+import eval as evaluation, export, port
+from bases import load_base
+from eval import adapters_of
+from portal import MODULES
+from runtime import artifact, run_folder
+from runtime.files import read_json, write_json
+from runtime.run_folder import load_portal
+
+portallib = pytest.importorskip("portallib")
+
+
+def save_artifact(folder, where, architecture, modules, shared=None, layer_path="model.layers", **changes):
+    """A portallib artifact with random weights on the base in `where`; `shared`: another one's latents and core."""
+    sizes = {**{theirs: SIZES[ours] for ours, theirs in artifact.SIZES.items()}, "alpha": 6}
+    config = portallib.PortalConfig.from_model(
+        tiny_model(architecture), tasks=TASKS, base_model_name_or_path=str(where), modules=modules,
+        layer_path=layer_path, **{**sizes, **changes})
+    model = portallib.PortalModel(config, torch.zeros(len(TASKS), config.d_z))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    if shared is not None:
+        model.task_latents.data = shared.task_latents.data.clone()
+        model.core.load_state_dict(shared.core.state_dict())
+    model.save_pretrained(folder)
+    return model
+
+
+def assert_same_factors(run, name, where, model):
+    adapters = adapters_of(run, "portal", name, load_base(str(where)))
+    assert adapters.scale == model.config.scaling and tuple(adapters.A) == model.config.modules
+    for t, task in enumerate(model.config.tasks):
+        generated = model.generate(task)
+        assert len(generated) == len(adapters.A) * 3
+        for (layer, m), (A, B) in generated.items():
+            torch.testing.assert_close(adapters.A[m][t, layer], A, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(adapters.B[m][t, layer], B, rtol=1e-6, atol=1e-6)
+            assert A.abs().max() > 0.1 and B.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("modules", [("q", "v"), ("down", *MODULES[:-1])])           # the order is the artifact's
+def test_two_artifacts_become_one_run_and_go_back_bit_for_bit(world, modules):
+    torch.manual_seed(1)
+    a = save_artifact(world / "A", world / "base-a", "qwen3", modules)
+    c = save_artifact(world / "C", world / "base-c", "gemma3", modules, shared=a)
+    assert command(export, "--artifact", "A", "--run", "R") == 0
+    assert command(export, "--artifact", "C", "--run", "R", "--ported") == 0
+    for name, model in (("base-a", a), ("base-c", c)):
+        assert_same_factors(world / "R", name, world / name, model)
+        assert command(export, "--run", "R", "--to", name, "--portallib", "--out", f"back/{name}") == 0
+        assert portallib.PortalModel.from_pretrained(world / "back" / name).config == model.config
+        folders = name[-1].upper(), f"back/{name}"
+        before, after = (load_file(world / folder / "model.safetensors") for folder in folders)
+        assert set(before) == set(after) and all(torch.equal(before[k], after[k]) for k in before)
+    saved = read_json(world / "R" / "portal.json")
+    assert [b["base"] for b in saved["bases"]] == ["base-a"] and read_json(world / "R/converters/base-c.json")["ported"]
+
+
+@pytest.mark.parametrize("modules", [("q", "v"), MODULES])
+@pytest.mark.parametrize("architecture,layer_path", [("llama", "model.layers"),
+                                                     ("gemma3-multimodal", "model.language_model.layers")])
+def test_a_run_becomes_an_artifact_and_comes_back(tmp_path, modules, architecture, layer_path):
+    run, where = make_run(tmp_path, save_tiny(tmp_path / "tiny", architecture), modules, norm="none")
+    assert command(export, "--run", run, "--to", "tiny", "--portallib", "--out", tmp_path / "artifact") == 0
+    model = portallib.PortalModel.from_pretrained(tmp_path / "artifact")
+    assert_same_factors(run, "tiny", where, model)
+    sizes = {key: getattr(model.config, key) for key in ("rank", "alpha", "d_z", "d_layer", "hidden", "d_core")}
+    assert model.config == portallib.PortalConfig.from_model(                        # what portallib finds in the base
+        tiny_model(architecture), tasks=TASKS, base_model_name_or_path=str(where), modules=modules,
+        layer_path=layer_path, **sizes)
+    assert command(export, "--artifact", tmp_path / "artifact", "--run", tmp_path / "again") == 0
+    first, second = load_portal(run, ["tiny"]), load_portal(tmp_path / "again", ["tiny"])
+    for get in (lambda p: {"z": p.z}, lambda p: p.core.state_dict(), lambda p: p.converters["tiny"].state_dict()):
+        one, two = get(first), get(second)
+        assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_groups_may_have_any_name(world):
+    model = save_artifact(world / "A", world / "base-a", "qwen3", ("q", "v"))
+    def rename(config):
+        for target in config["projection_targets"]:
+            m = target["module_name"]
+            target["input_group"], target["output_group"] = f"into_{m}", f"from_{m}"
+    def move(tensors):
+        for m in "qv":
+            tensors[f"alignment.input.into_{m}"] = tensors.pop(f"alignment.input.{m}")
+            tensors[f"alignment.output.from_{m}"] = tensors.pop(f"alignment.output.{m}")
+    change(world / "A", rename, move)
+    assert command(export, "--artifact", "A", "--run", "R") == 0
+    assert_same_factors(world / "R", "base-a", world / "base-a", model)
+
+
+def test_a_run_that_was_read_is_a_run(world, capsys):
+    """It is exported, ported from and evaluated; what the artifact does not say is asked for where it is needed."""
+    save_artifact(world / "A", world / "base-a", "qwen3", ("q", "v"))
+    assert command(export, "--artifact", "A", "--run", "R") == 0
+    assert command(export, "--run", "R", "--to", "base-a", "--task", "two", "--out", "two") == 0
+    assert "| seed | not recorded |" in (world / "two" / "README.md").read_text()
+    def fails(words, module, *argv):
+        before = fingerprint(world / "R")
+        capsys.readouterr()
+        assert command(module, *argv) == 2
+        one_line(capsys, words)
+        assert fingerprint(world / "R") == before
+    quick = ["--run", "R", "--epochs", "1", "--batch-size", "2"]
+    fails(["export.py --artifact", "--n", "--seed", "--data"], evaluation, *quick)
+    fails(["--seed and --data are needed"], port, *quick, "--to", "./base-b", "--n", "4")
+    fails(["already holds base-a", "--overwrite"], export, "--artifact", "A", "--run", "R")
+    known = ["--n", "8", "--seed", "0", "--data", "data"]
+    assert command(export, "--artifact", "A", "--run", "R", "--overwrite", *known) == 0
+    assert command(port, *quick, "--to", "./base-b", "--n", "4") == 0
+    assert command(evaluation, *quick) == 0
+    rows = [json.loads(line) for line in (world / "R" / "results.jsonl").read_text().splitlines()]
+    roles = {(r["base"], r["role"], r["n"]) for r in rows if r["method"] == "portal"}
+    assert roles == {("base-a", "seen", 8), ("base-b", "unseen", 4)}
+    assert command(export, "--run", "R", "--to", "base-b", "--task", "two", "--out", "two", "--overwrite") == 0
+    assert "not measured" not in (world / "two" / "README.md").read_text()
+
+
+def test_an_artifact_is_a_run(world, capsys):
+    """--run ARTIFACT reads it into out/<its name>, once, and goes on with that."""
+    save_artifact(world / "A", world / "base-a", "qwen3", ("q", "v"))
+    known = "--data", "data", "--seed", "0"
+    assert command(port, "--run", "A", "--to", "./base-c", "--n", "4", "--epochs", "1", *known) == 0
+    assert "run: out/A" in capsys.readouterr().out
+    before = fingerprint(world / "out" / "A")
+    assert {"converters/base-a.safetensors", "converters/base-c.safetensors"} <= set(before)
+    assert command(port, "--run", "A", "--to", "./base-b", "--n", "4", "--epochs", "1", *known) == 0
+    after = fingerprint(world / "out" / "A")
+    assert all(after[name] == before[name] for name in before if name != "log.jsonl")
+    save_artifact(world / "elsewhere" / "A", world / "base-a", "qwen3", ("q", "v"))  # another one of the same name
+    assert command(port, "--run", "elsewhere/A", "--to", "./base-c", *known) == 2
+    assert fingerprint(world / "out" / "A") == after
+
+
+def test_the_command_that_reads_an_artifact_may_then_lock_the_run(world):
+    save_artifact(world / "A", world / "base-a", "qwen3", ("q", "v"))
+    with run_folder.LOCKS:
+        export.import_artifact(world / "A", world / "R")
+        run_folder.lock(world / "R")
+
+
+def change(folder, config=None, tensors=None, metadata=None):
+    """Edit an artifact in place."""
+    c, t = read_json(folder / "config.json"), load_file(folder / "model.safetensors")
+    (config or (lambda c: None))(c), (tensors or (lambda t: None))(t)
+    write_json(folder / "config.json", c)
+    save_file(t, folder / "model.safetensors", metadata or artifact.METADATA)
+
+
+BAD = {  # name: (what is changed in the artifact, words of the one line)
+    "other metadata": (dict(metadata={"format": "pt"}), ["format", "'portallib' is accepted"]),
+    "a later format": (dict(config=lambda c: c.update(format_version=2)), ["format_version 1"]),
+    "no sizes": (dict(config=lambda c: c.pop("d_core")), ["config.json", "d_core"]),
+    "size of zero": (dict(config=lambda c: c.update(rank=0)), ["config.json", "above 0"]),
+    "a task outside": (dict(config=lambda c: c.update(tasks=["one", "two", "../x"])), ["'../x'", "folder"]),
+    "unknown base": (dict(config=lambda c: c.update(base_model_name_or_path="qwen99")), ["unknown base 'qwen99'"]),
+    "only some layers": (dict(config=lambda c: c["projection_targets"].pop()), ["only some layers"]),
+    "unlike layers": (dict(config=lambda c: c["projection_targets"][0].update(input_group="other")),
+                      ["different shapes"]),
+    "a shared group": (dict(config=lambda c: [t.update(input_group="q") for t in c["projection_targets"]],
+                            tensors=lambda t: t.pop("alignment.input.v")), ["share an alignment group"]),
+    "a tensor too few": (dict(tensors=lambda t: t.pop("core.l1.bias")), ["tensors", "not those of its config.json"]),
+    "a tensor too many": (dict(tensors=lambda t: t.update(extra=torch.zeros(1))), ["tensors", "not those"]),
+    "other sizes": (dict(config=lambda c: c.update(hidden=5)), ["tensors", "not those"]),
+    "other latents": (dict(tensors=lambda t: t["task_latents"].mul_(2)),
+                      ["R has other tasks, sizes, latents", "--run"]),
+}
+
+
+def test_bad_input(world, capsys):
+    model = save_artifact(world / "A", world / "base-a", "qwen3", ("q", "v"))
+    assert command(export, "--artifact", "A", "--run", "R") == 0
+    def fails(words, *argv):
+        before = fingerprint(world)
+        capsys.readouterr()
+        assert command(export, *argv) == 2
+        one_line(capsys, words)
+        assert fingerprint(world) == before
+    for name, (edits, words) in BAD.items():
+        save_artifact(world / "C", world / "base-c", "gemma3", ("q", "v"), shared=model)
+        change(world / "C", **edits)
+        fails(words, "--artifact", "C", "--run", "R" if name == "other latents" else "new")
+    fails(["--artifact", "--out"], "--run", "R")
+    fails(["--run DIR is needed"], "--artifact", "A")
+    fails(["--to BASE is needed"], "--run", "R", "--out", "x")
+    fails(["--task TASK is needed", "'all'", "--portallib"], "--run", "R", "--to", "base-a", "--out", "x")
+    writes = ["--run", "R", "--to", "base-a", "--out", "x"]
+    fails(["--out does not go with --artifact"], "--artifact", "A", *writes)
+    fails(["--task does not go with --portallib"], *writes, "--portallib", "--task", "one")
+    fails(["--method does not go with --portallib"], *writes, "--portallib", "--method", "lora")
+    fails(["--seed does not go with --out"], *writes, "--task", "one", "--seed", "0")
+    fails(["neither empty nor a run folder"], "--artifact", "A", "--run", "data")
+    fails(["config.json", "not readable"], "--artifact", "data", "--run", "new")
+    fails(["no tasks here"], "--artifact", "A", "--run", "new", "--data", "base-a")
+    fails(["'base-b' is not in R; it holds base-a"], "--run", "R", "--to", "base-b", "--portallib", "--out", "x")
+    run, _ = make_run(world / "layered", world / "base-a")
+    write_json(run / "converters" / "base-a.json", read_json(run / "converters" / "tiny.json"))
+    fails(["has LayerNorm", "'layer'", "--norm none"], "--run", run, "--to", "base-a", "--portallib", "--out", "x")

@@ -1,0 +1,128 @@
+"""acc_norm, exact match and log_loss against naive loops; ties; lift."""
+import contextlib, json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import lora_hooks, tiny_base, tiny_model
+from helpers import make_portal, of_task, plain_greedy, random_adapters
+
+from runtime.job import Job
+from data import Row, encode
+from score import decode, evaluate, lift
+from portal import MODULES
+from train import fit, portal_learner
+
+ROWS = [Row("one", "w1 w2 w3", [" w4", " w5 w6", " w49"], 1), Row("two", "w9 w8", [" w7 w1 w2", " w7 w3"], 0),
+        Row("one", "w4", [" w3", " w2"], 0), Row("two", "w30 w31 w32 w33 w34 w35 w36", [" w1", " w22", " w3", " w44 w5"], 2)] * 2
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma3"])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_equals_a_naive_loop_over_choices(architecture, adapted):
+    base, model = tiny_base(architecture, bos=True), tiny_model(architecture)
+    adapters = random_adapters(base, tasks=2) if adapted else None
+    items, _ = encode(base.tokenizer, ROWS, ["one", "two"])
+    for max_tokens in (1, 60, 10_000):
+        got = evaluate(base, adapters, items, max_tokens)
+        for t, task in enumerate(["one", "two"]):
+            handles = lora_hooks(model, *of_task(adapters, t)) if adapted else []
+            correct, nll, tokens = [], 0.0, 0
+            for row in (row for row in ROWS if row.task == task):
+                scores = []
+                for k, choice in enumerate(row.choices):
+                    prompt = base.tokenizer(row.prompt).input_ids
+                    ids = prompt + base.tokenizer(choice, add_special_tokens=False).input_ids
+                    with torch.no_grad():
+                        log_p = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+                    total = sum(log_p[i - 1, ids[i]].item() for i in range(len(prompt), len(ids)))
+                    scores.append(total / len(choice))
+                    if k == row.gold:
+                        nll, tokens = nll - total, tokens + len(ids) - len(prompt)
+                correct.append(max(range(len(scores)), key=scores.__getitem__) == row.gold)
+            for h in handles:
+                h.remove()
+            assert got[t]["correct"] == correct and got[t]["acc_norm"] == sum(correct) / len(correct)
+            assert got[t]["log_loss"] == pytest.approx(nll / tokens, rel=1e-5) and got[t]["rows"] == 4
+
+
+def test_a_tie_never_favours_the_gold_choice():
+    base = tiny_base()
+    items, _ = encode(base.tokenizer, [Row("one", "w1 w2", [" w4", " w4"], gold) for gold in (0, 1)], ["one"])
+    assert evaluate(base, None, items, 100)[0]["acc_norm"] == 0
+
+
+def test_a_decoded_text_has_as_many_lines_as_its_gold_completion_and_a_limit():
+    """Prompts are single words here; the stand-in for a base says what its table holds."""
+    says, limits = {5: " Paris\nQ: and then", 6: "\n Paris", 7: " one\ntwo\nthree", 8: " a"}, []
+    def generate(prompts, adapters, tasks, limit):
+        limits.append(limit)
+        return [says[prompt[0]] for prompt in prompts]
+    base = SimpleNamespace(generate=generate, tokenizer=tiny_base().tokenizer)
+    rows = [Row("t", f"w{i}", [gold]) for i, gold in enumerate([" Paris", " Paris", " one\ntwo\n", " a" * 10], 1)]
+    items, _ = encode(base.tokenizer, rows, ["t"])
+    assert decode(base, None, items, 1) == [" Paris", "", " one\ntwo", " a"] and set(limits) == {22}  # 2 (10 + EOS)
+    assert decode(base, None, items[:3], 100) == [" Paris", "", " one\ntwo"] and limits[-1] == 16
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "mistral"])
+def test_exact_match_and_log_loss_of_completions_equal_a_naive_loop(architecture):
+    base, model = tiny_base(architecture), tiny_model(architecture)
+    prompts = ["w1 w2 w3", "w9 w8", "w4", "w30 w31 w32 w33 w34 w35"]
+    base.tokenizer.add_tokens([f"x{i}" for i in range(8)])                           # a word for each of the 64 logits
+    adapters, said = random_adapters(base), {}
+    def as_task(t):
+        stack = contextlib.ExitStack()
+        for handle in lora_hooks(model, *of_task(adapters, t)):
+            stack.callback(handle.remove)
+        return stack
+    for t in (0, 1):
+        with as_task(t):
+            said.update({(t, prompt): plain_greedy(model, base.tokenizer(prompt).input_ids, 16) for prompt in prompts})
+    eos = next(token for new in said.values() for token in new[1:7]                  # half of the rows or so end there
+               if 2 <= sum(token in other[:7] for other in said.values()) <= 5
+               and all(other[0] != token for other in said.values()))
+    base.tokenizer.eos_token = base.tokenizer.convert_ids_to_tokens(eos)
+    rows, correct, nll, tokens = [], {0: [], 1: []}, {0: 0.0, 1: 0.0}, {0: 0, 1: 0}
+    for (t, prompt), new in said.items():
+        gold = new[:new.index(eos)] if eos in new[:7] else new[:5]                   # the others go on behind their gold
+        rows.append(Row(f"task {t}", prompt, [f" {base.tokenizer.decode(gold)} "]))
+        correct[t].append(eos in new[:7])
+        ids = base.tokenizer(prompt).input_ids
+        with as_task(t), torch.no_grad():
+            log_p = model(input_ids=torch.tensor([ids + gold + [eos]])).logits[0].double().log_softmax(-1)
+        nll[t] -= sum(log_p[i - 1, token].item() for i, token in enumerate(gold + [eos], len(ids)))
+        tokens[t] += len(gold) + 1                                                   # EOS counts
+    assert 0 < sum(map(sum, correct.values())) < len(rows)
+    rows.insert(2, Row("task 2", "w1", [" w1", " w2"], 1))                           # a task of choices in between
+    items, _ = encode(base.tokenizer, rows, ["task 0", "task 1", "task 2"])
+    for max_tokens in (1, 10_000):
+        cells = evaluate(base, adapters, items, max_tokens)
+        assert "metric" not in cells[2] and cells[2]["rows"] == 1
+        for t in (0, 1):
+            assert cells[t]["correct"] == correct[t] and cells[t]["metric"] == "exact_match"
+            assert cells[t]["acc_norm"] == sum(correct[t]) / 4
+            assert cells[t]["log_loss"] == pytest.approx(nll[t] / tokens[t], rel=1e-4)
+
+
+def test_training_on_completions_teaches_them_and_where_they_end(tmp_path):
+    """Two tasks with the same prompts and other answers of one to three words."""
+    base = tiny_base()
+    portal = make_portal(base, modules=MODULES, tasks=("one", "two"), random=False)
+    golds = {"one": [" w5", " w6 w7"], "two": [" w11 w12 w13", " w8 w9"]}
+    rows = {task: [Row(task, f"w{i} w{i + 20}", [gold]) for i, gold in enumerate(texts)] for task, texts in golds.items()}
+    both = {task: (r, r) for task, r in rows.items()}                                # to be learned by heart
+    settings = dict(epochs=60, batch_size=2, lr=2e-2, least=1, max_tokens=100)
+    learner = portal_learner(portal, both, settings)
+    fit(Job("test", settings, 0, tmp_path / "log.jsonl"), [base], portal.adapters, [learner], both)
+    learner.load_best()
+    prompts = [row.prompt for r in rows.values() for row in r]
+    texts = base.generate(prompts, portal.adapters("tiny"), [0, 0, 1, 1], 10)
+    assert texts == [text.strip() for text in golds["one"] + golds["two"]]
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert log[0]["held_acc_norm"] < log[-1]["held_acc_norm"] == 1
+
+
+def test_lift():
+    assert lift(0.792, 0.667, 0.795) == pytest.approx(0.977, abs=1e-3)              # the write-up's 8B row
+    assert lift(0.7, 0.6, 0.6) is None and lift(0.7, 0.6, 0.5) is None
