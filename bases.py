@@ -15,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 from kernels.lora import lora_add, lora_linear
 from portal import MODULES
 from runtime.distributed import RANK
-from runtime.files import ROOT, BadInput, first_sentence
+from runtime.files import ROOT, BadInput, first_line
 
 HUB = {
     "qwen3-0.6b": "Qwen/Qwen3-0.6B", "qwen3-1.7b": "Qwen/Qwen3-1.7B", "qwen3-4b": "Qwen/Qwen3-4B",
@@ -250,7 +250,7 @@ def pretrained(cls, spec, **options):
         return cls.from_pretrained(where, revision=revision, trust_remote_code=False,
                                    **({"gguf_file": gguf} if gguf else {}), **options)
     except Exception as error:                                                       # a broken folder raises anything
-        raise BadInput(f"base {spec!r} could not be loaded from {where}: {first_sentence(error)}")
+        raise BadInput(f"base {spec!r} could not be loaded from {where}: {first_line(error)}")
 
 
 def four_bits(device, dtype):

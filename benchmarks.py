@@ -1,9 +1,13 @@
-"""The 14 benchmarks of the write-up: their prompts, their download, and the check of a folder of tasks."""
+"""The 14 benchmarks of the write-up: their prompts, their download, and the check of a folder of tasks.
+
+    python data.py --out data/                        builds the benchmarks from the hub
+    python data.py --check data/ --bases qwen3-1.7b   lists what a folder holds and what is wrong with it
+"""
 import json, pathlib, random, re
 from collections import Counter
 
 from data import MAX_LENGTH, encode, load_tasks
-from runtime.files import BadInput, first_sentence, write_whole
+from runtime.files import BadInput, first_line, write_whole
 from runtime.flags import parse, run_main
 
 
@@ -128,7 +132,7 @@ def build(out, tasks=tuple(BENCHMARKS)):
         try:
             train, evaluation = (list(load_dataset(repo, config, split=s, revision=REVISIONS[repo])) for s in splits)
         except Exception as error:                                                   # any error of hub or network
-            raise BadInput(f"{task}: {repo}@{REVISIONS[repo][:8]} did not load from the hub ({first_sentence(error)})")
+            raise BadInput(f"{task}: {repo}@{REVISIONS[repo][:8]} did not load from the hub ({first_line(error)})")
         if splits[0] == splits[1]:  # truthfulqa has one split of 817 rows: mix its topics, then 417 train and 400 eval
             random.Random(0).shuffle(train)
             train, evaluation = train[400:], train[:400]

@@ -256,7 +256,7 @@ def main(argv=None):
     rows = [row for task in args.tasks or cfg.tasks for row in sum(sample(data[task]["eval"], n, 0), [])]
     if args.show:
         evaluation = Evaluation(args, run, saved, cfg, rows, None)
-        for base in [evaluation.base_of(tag) for tag in tags if "@" not in tag]:    # not the smaller samples of a sweep
+        for base in map(evaluation.base_of, [tag for tag in tags if "@" not in tag]):  # not a sweep's smaller samples
             show(run, base, evaluation.items(base), evaluation.max_tokens(base))
         return
     lock(run)

@@ -17,11 +17,12 @@ from torch.nn.utils import parameters_to_vector
 from bases import lasting, reload_base, resolve
 from data import load_tasks
 from eval import adapters_of
-from runtime.artifact import read_artifact, save_artifact
+from runtime.artifact import digest_of, is_artifact, read_artifact, save_artifact
+from runtime.distributed import RANK, barrier
 from runtime.files import BadInput, read_json, remove, today, write_json, writing
 from runtime.flags import parse, run_main
 from runtime.report import read_results
-from runtime.run_folder import (LOCKS, find_run, load_config, load_portal, lock, new_folder, occupied, provenances,
+from runtime.run_folder import (LOCKS, OUT, find_run, load_config, load_portal, lock, new_folder, occupied, provenances,
                                 save_converter, save_portal, save_tensors)
 
 MARK = "Exported by PorTAL"  # in every model card: --overwrite replaces only folders that have it
@@ -42,7 +43,8 @@ def find_base(run, spec):
     for tag, p in tags.items():
         if tag == spec or tag == p["base"] and wanted & {p["id"], f"{p['id']}@{p['revision']}"}:
             return tag, p
-    raise BadInput(f"base {spec!r} is not in {run}; it holds {', '.join(tags)}; python port.py --to NAME adds one")
+    raise BadInput(f"--to: base {spec!r} is not in {run}; it holds {', '.join(tags)}; "
+                   "python port.py --to NAME adds one")
 
 
 def origin(p):
@@ -125,31 +127,50 @@ def import_artifact(artifact, run, ported=False, n=None, seed=None, data=None, o
     if data:
         load_tasks(data, portal.cfg.tasks)                                           # BadInput unless it has every task
     p = dict(base=name, id=lasting(spec), revision=config.get("base_model_revision"), ported=ported, n=n, seed=seed,
-             data=data and str(data.resolve()), date=None, artifact=str(artifact.resolve()))
+             data=data and str(data.resolve()), date=None, artifact=digest_of(artifact))
+    def add(folder, saved):
+        provenance = folder / "converters" / f"{name}.json"                          # written last, as in port.py:
+        remove(provenance)                                                           # without it the rest is ignored
+        remove(folder / "final" / "converters" / f"{name}.safetensors")
+        save_converter(folder, portal, name, name)
+        write_json(provenance, p)
+        known = {key: p[key] if saved[key] is None else saved[key] for key in ("seed", "data")}
+        bases = [b for b in saved["bases"] if b["base"] != name] + [p] * (not ported)
+        write_json(folder / "portal.json", {**saved, **known, "bases": bases})
+
     if occupied(run) and not (run / "portal.json").exists():
         raise BadInput(f"{run} is neither empty nor a run folder; --run DIR names another")
     with LOCKS:                                                                      # unlocks at the end: the command
         lock(run)                                                                    # that goes on with `run` locks it
-        if not (run / "portal.json").exists():
+        if (run / "portal.json").exists():
+            saved, cfg = load_config(run)
+            mine, its = (parameters_to_vector([x.z, *x.core.parameters()]) for x in (load_portal(run), portal))
+            if dataclasses.replace(portal.cfg, gain=cfg.gain) != cfg or not torch.equal(mine, its):
+                raise BadInput(f"{run} has other tasks, sizes, latents or core than {artifact}; python export.py "
+                               f"--artifact {artifact} --run DIR reads it into another run")
+            if (run / "converters" / f"{name}.json").exists() and not overwrite:
+                raise BadInput(f"{run} already holds {name}; --overwrite replaces its converter")
+            add(run, saved)
+        else:
             with new_folder(run) as folder:
                 save_portal(folder, portal)
-                write_json(folder / "portal.json", dict(config=vars(portal.cfg), bases=[], seed=None, data=None,
-                                                        trained=today()))
-        saved, cfg = load_config(run)
-        mine, its = (parameters_to_vector([x.z, *x.core.parameters()]) for x in (load_portal(run), portal))
-        if dataclasses.replace(portal.cfg, gain=cfg.gain) != cfg or not torch.equal(mine, its):
-            raise BadInput(f"{run} has other tasks, sizes, latents or core than {artifact}; --run DIR names another")
-        provenance = run / "converters" / f"{name}.json"
-        if provenance.exists() and not overwrite:
-            raise BadInput(f"{run} already holds {name}; --overwrite replaces its converter")
-        remove(provenance)                                                           # written last, as in port.py:
-        remove(run / "final" / "converters" / f"{name}.safetensors")                 # without it the rest is ignored
-        save_converter(run, portal, name, name)
-        write_json(provenance, p)
-        known = {key: p[key] if saved[key] is None else saved[key] for key in ("seed", "data")}
-        bases = [b for b in saved["bases"] if b["base"] != name] + [p] * (not ported)
-        write_json(run / "portal.json", {**saved, **known, "bases": bases})
+                add(folder, dict(config=vars(portal.cfg), bases=[], seed=None, data=None, trained=today()))
     print(f"{name}: read from {artifact} into {run}")
+
+
+def run_of(folder):
+    """Returns the run out/<name> that holds the portallib artifact in `folder`, reading it first if need be, or
+    `folder` if that is no artifact. Raises BadInput."""
+    if not is_artifact(folder):
+        return folder
+    run = OUT / folder.resolve().name
+    if run.resolve() == folder.resolve():                                            # an artifact in out/
+        run = run.with_name(f"{run.name}-run")
+    held = provenances(run).values() if (run / "portal.json").exists() else ()
+    if RANK == 0 and digest_of(folder) not in [p.get("artifact") for p in held]:
+        import_artifact(folder, run)
+    barrier()
+    return run
 
 
 FORMS = {  # what the command does: (the flags that it needs, the flags that do not go with it)

@@ -142,7 +142,7 @@ class Learner:
         own = [score for (_, task), score in scores.items() if task in self.tasks]
         mean = macro(own) if own else None
         # The score is assigned last: a fit that Ctrl-C stops before that repeats the comparison, with the same end.
-        if self.best is None or mean is None or mean > self.score:
+        if self.score is None or mean is None or mean > self.score:
             self.best, self.epoch, self.score = [p.detach().clone() for p in self.params], epoch, mean
 
     @torch.no_grad()
@@ -190,6 +190,8 @@ def fit(job, bases, generate, learners, rows, weigh=None, step=one_round):
                 batch = source.take([task for learner in active for task in learner.tasks])
                 losses = step(bases, generate, active, batch, job.max_tokens, weigh)
                 job.record(losses, batch)
+            for learner in learners:
+                learner.optimizer.zero_grad()                                        # frees memory for the evaluation
             scores = job.record_scores(held_out_scores(bases, generate, source, job.max_tokens))
             for learner in learners:
                 learner.keep_best(epoch, scores)

@@ -23,7 +23,7 @@ from baselines.lora import ALPHA, RANK, TaskLoRAs
 from bases import load_base
 from data import collate, encode, load_tasks, micro_batches, sample
 from portal import MODULES, Config, Converter, Portal
-from runtime.files import ROOT, BadInput, first_sentence, today, write_whole
+from runtime.files import ROOT, BadInput, first_line, today, write_whole
 from runtime.flags import parse, run_main
 from runtime.report import hardware
 from score import full_precision, per_character, score
@@ -272,7 +272,7 @@ def measure(label, work, ours, peers, note="", with_memory=False):
         try:
             turn = contestant(work, *work.load())
         except ImportError as error:
-            missing.append(dict(work=label, peer=name, target=target, not_measured=first_sentence(error)))
+            missing.append(dict(work=label, peer=name, target=target, not_measured=first_line(error)))
             continue
         if isinstance(turn, dict):
             batch_size, turn = min(turn.items(), key=lambda variant: variant[1]()[0])
@@ -389,7 +389,7 @@ def main(argv=None):
         try:
             found = measured()
         except (BadInput, OSError) as error:                                         # no tasks here, no such base
-            found = [dict(work=label, peer="-", target=None, not_measured=first_sentence(error))]
+            found = [dict(work=label, peer="-", target=None, not_measured=first_line(error))]
         for line in found:
             print("  " + " | ".join(cells(line)[1:]), flush=True)
         lines += found

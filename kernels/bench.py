@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import lora
-from runtime.files import first_sentence, today, write_whole
+from runtime.files import first_line, today, write_whole
 from runtime.flags import parse, run_main
 
 RANK, SCALE, DTYPE = 8, 2.0, {"cpu": torch.float32, "cuda": torch.bfloat16}
@@ -141,7 +141,7 @@ def layer_rows(case, modules, copy, matmul):
         try:
             t, peak = measure(case, name, modules, want)
         except Exception as error:                                                   # torch lacks that way here
-            yield [name, f"not measured: {type(error).__name__}: {first_sentence(error)[:60]}", *[""] * 6]
+            yield [name, f"not measured: {type(error).__name__}: {first_line(error)[:60]}", *[""] * 6]
             continue
         floor = t if name == "base" else floor
         added = [""] * 3 if name == "base" else [f"{t / floor - 1:.1%}", "-", "-"]

@@ -2,6 +2,8 @@
 
 Its tensors are the latents, the core and that base's converter of a Portal with norm="none", under other names.
 """
+import hashlib
+
 import safetensors
 
 from portal import MODULES, Config, Converter, Portal
@@ -14,6 +16,22 @@ SIZES = {"rank": "rank", "alpha": "alpha", "d_z": "d_z", "d_e": "d_layer", "hidd
 NAMES = {"z": "task_latents", "W1": "core.l1", "W2": "core.l2", "film": "core.film", "head_A": "core.A",
          "head_B": "core.B", "e": "alignment.layer_embeddings.weight", "P_in": "alignment.input",
          "P_out": "alignment.output"}
+
+
+def is_artifact(folder):
+    """Whether a folder's config.json says that it is a portallib artifact."""
+    path = folder / "config.json"
+    config = read_json(path) if path.exists() else {}
+    return isinstance(config, dict) and config.get("library_name") == FORMAT["library_name"]
+
+
+def digest_of(folder):
+    """Returns the SHA-256 digest of an artifact's model.safetensors."""
+    try:
+        with open(folder / "model.safetensors", "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise BadInput(f"{folder}: not an artifact ({error.strerror}: model.safetensors)")
 
 
 def tensors_of(portal, base, groups):

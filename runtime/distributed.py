@@ -40,7 +40,7 @@ def stop():
         torch.distributed.destroy_process_group()
 
 
-def first_to_fail():
+def claim_failure():
     """Whether this process is the first to report a failure: all may meet the same one, and it is printed once."""
     return store is None or store.add("failures", 1) == 1
 

@@ -15,7 +15,7 @@ class BadInput(Exception):
     """An error that the user can mend. The message says what is wrong, where, and what is accepted."""
 
 
-def first_sentence(error):
+def first_line(error):
     """The first line of an exception's message, at most 300 characters, or its type's name."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
@@ -26,7 +26,7 @@ def writing(path):
     try:
         yield
     except (OSError, safetensors.SafetensorError) as error:
-        raise BadInput(f"{path}: not written ({getattr(error, 'strerror', None) or first_sentence(error)}); "
+        raise BadInput(f"{path}: not written ({getattr(error, 'strerror', None) or first_line(error)}); "
                        "what was saved before is untouched")
 
 
@@ -59,8 +59,11 @@ def read_json(path):
 
 
 def read_jsonl(path):
-    """The values of a JSON lines file, [] if there is no such file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """Returns the values of a JSON lines file, [] if there is no such file. Raises BadInput for a malformed line."""
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    except ValueError as error:
+        raise BadInput(f"{path}: not readable as JSON lines ({error})")
 
 
 def require_same(path, value):

@@ -7,7 +7,7 @@ import argparse, pathlib, sys
 import torch
 
 from runtime import distributed
-from runtime.files import BadInput, first_sentence
+from runtime.files import BadInput, first_line
 from runtime.run_folder import LOCKS
 
 
@@ -26,7 +26,7 @@ def run_main(main):
         raise SystemExit(130)
     except Exception as error:
         if out_of_memory(error):
-            raise SystemExit(fail(f"out of memory ({first_sentence(error)}); try a smaller --max-tokens"))
+            raise SystemExit(fail(f"out of memory ({first_line(error)}); try a smaller --max-tokens"))
         if distributed.another_failed():                                             # which has printed the cause; this
             raise SystemExit(2)                                                      # process only lost its partner
         raise
@@ -43,7 +43,7 @@ def fail(message):
 
 
 def say(line):
-    if distributed.first_to_fail():
+    if distributed.claim_failure():
         print(line, file=sys.stderr)
 
 

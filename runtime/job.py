@@ -38,6 +38,7 @@ class Job:
 
     def __init__(self, what, settings, seed, log, state=None, frozen=()):
         self.what, self.seed, self.log, self.path, self.frozen = what, seed, log, state, frozen
+        self.deferred = self.pressed = False                                         # Ctrl-C: see interrupts
         self.last, self.batch_size, self.max_tokens = (settings[key] for key in ("epochs", "batch_size", "max_tokens"))
         # The position: rounds done; lines of finished epochs; this epoch's loss, tokens and start (in `seconds`).
         self.at = SimpleNamespace(done=0, lines=[], loss=0.0, tokens=0, began=0.0, seconds=0.0)
@@ -54,12 +55,12 @@ class Job:
         self.means = getattr(weigh, "means", {})                                     # {base name: [T]}
         self.means.clear()
         self.per_epoch = max(learner.rounds for learner in learners)
-        self.identity, self.due = self.digest(rows, weigh), time.time() + EVERY
+        self.identity, self.due = self.identify(rows, weigh), time.time() + EVERY
         self.load()
         for learner in learners:
             for task in learner.tasks:
                 source.skip(task, learner.schedule.last_epoch)                     # the rows of the steps already taken
-        self.started, self.deferred, self.pressed = time.time() - self.at.seconds, False, False
+        self.started, self.round = time.time() - self.at.seconds, self.at.done
         self.bar = tqdm(total=self.last * self.per_epoch, initial=self.at.done, desc=self.what, unit="round",
                         disable=NO_BAR)
         with self.bar, self.interrupts():
@@ -86,20 +87,20 @@ class Job:
         """Yields the number of each round of an epoch, from 0. Ctrl-C waits for the end of a round: a part of one
         could not be saved."""
         for k in range(self.at.done - (epoch - 1) * self.per_epoch, self.per_epoch):
-            self.forget_batches()
+            self.round = self.at.done + 1
             with self.defer_interrupt():
                 yield k
+            self.forget_batches()
             self.bar.update()
             if time.time() > self.due:
                 self.save()
-        self.forget_batches()
 
     def record(self, losses, items):
         """Takes a round's losses [bases, T] and its items {base name: [Item]}. Raises BadInput if a loss is not
         finite."""
         losses = losses.cpu()                                                        # waits for the device
         for base, own in zip(self.bases, losses):
-            self.check(own, "", base.name, self.at.done + 1)
+            self.check(own, "", base.name, self.round)
         tasks = {item.task for own in items.values() for item in own}
         loss = float(losses.sum()) / len(tasks) / len(self.bases)
         at = self.at
@@ -110,9 +111,10 @@ class Job:
     def record_scores(self, scores):
         """Takes an epoch's scores {(base name, task): (acc_norm, -log_loss)} and returns them. Raises BadInput if one
         is not finite."""
+        self.forget_batches()
         for base in self.bases:
             own = [scores.get((base.name, task), (0.0, 0.0))[1] for task in self.source.tasks]
-            self.check(torch.tensor(own), "held-out ", base.name, self.at.done)
+            self.check(torch.tensor(own), "held-out ", base.name, self.round)
         self.scores = scores
         return scores
 
@@ -140,13 +142,14 @@ class Job:
                    f"{line['tokens_per_s']} tokens/s")
 
     # ------------------------------------------------------------------------------------------ the state file
-    def digest(self, rows, weigh):
+    def identify(self, rows, weigh):
         """A digest of all that the numbers of the fit follow from. Not of max_tokens and the device, which change
         rounding alone: a fit that ran out of memory may go on with a smaller --max-tokens."""
         facts = [[base.name, base.origin, base.revision, str(base.model.dtype)] for base in self.bases]
         facts += [[learner.tasks, learner.rounds, learner.schedule.base_lrs] for learner in self.learners]
+        named = f"{getattr(weigh, '__qualname__', type(weigh).__qualname__)} {getattr(weigh, 'floor', '')}"
         weights = [p for base in self.bases for p in base.model.parameters()]      # a folder may hold another model now
-        return digest([self.what, facts, rows, (self.last, self.batch_size, self.seed, type(weigh).__name__)],
+        return digest([self.what, facts, rows, (self.last, self.batch_size, self.seed, named)],
                       [*weights, *self.frozen, *(p for learner in self.learners for p in learner.params)])
 
     def load(self):
@@ -211,8 +214,10 @@ class Job:
     @contextlib.contextmanager
     def defer_interrupt(self):
         self.deferred = True
-        yield
-        self.deferred = False
+        try:
+            yield
+        finally:
+            self.deferred = False
         if self.pressed:
             self.pressed = False
             raise KeyboardInterrupt
@@ -228,7 +233,7 @@ class Job:
         if out_of_memory(error) and used:
             items, ids = used[-1].batch.items, used[-1].batch.ids
             raise BadInput(
-                f"{self.what}: out of memory on base {used[-1].name}, round {self.at.done + self.deferred}, in a "
+                f"{self.what}: out of memory on base {used[-1].name}, round {self.round}, in a "
                 f"micro-batch of {ids.shape[0]} rows by {ids.shape[1]} tokens of "
                 f"{', '.join(sorted({item.row.task for item in items}))}; try a smaller --max-tokens, "
                 "--recompute or --dtype bfloat16; what was saved before is untouched")
@@ -238,7 +243,7 @@ class DryRun:
     """Stands in for a Job: a round of every task's longest rows (they need the most memory, and this warms up), the
     three rounds that the fit starts with, and one micro-batch of held-out rows on each base. Writes nothing."""
 
-    def __init__(self, what, settings, seed, *_, **__):
+    def __init__(self, what, settings, seed, log=None, state=None, frozen=()):
         self.what, self.seed, self.seconds, self.times = what, seed, 0.0, []
         self.last, self.batch_size, self.max_tokens = (settings[key] for key in ("epochs", "batch_size", "max_tokens"))
 

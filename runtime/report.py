@@ -4,7 +4,7 @@ import contextlib, json, os, pathlib, platform, re, subprocess
 import numpy as np
 import torch
 
-from runtime.files import ROOT, BadInput, first_sentence, write_whole
+from runtime.files import ROOT, BadInput, first_line, write_whole
 
 
 def pack(correct):
@@ -31,7 +31,7 @@ def each_line(path, use, what):
         try:
             use(json.loads(line))
         except (ValueError, KeyError, TypeError) as error:
-            raise BadInput(f"{path}:{number}: not {what} ({first_sentence(error)})")
+            raise BadInput(f"{path}:{number}: not {what} ({first_line(error)})")
 
 
 def read_results(run):

@@ -1,12 +1,12 @@
 """The run folder: which one, its lock, its replacement as a whole; the method's parameters on disk (safetensors,
 JSON)."""
-import contextlib, importlib, os, pathlib, re, shutil, tempfile
+import contextlib, errno, importlib, os, pathlib, re, shutil, tempfile
 
 import filelock, safetensors, safetensors.torch
 import torch
 
 from portal import Adapters, Config, Converter, Portal
-from runtime.distributed import RANK, barrier
+from runtime.distributed import RANK
 from runtime.files import BadInput, read_json, write_whole, writing
 
 OUT = pathlib.Path("out")
@@ -21,12 +21,8 @@ def find_run(run):
         if not found:
             raise BadInput(f"no run in {OUT}/: train one first (python train.py) or name one with --run DIR")
         run = max(found, key=lambda p: read_json(p).get("trained", "")).parent
-    if (run / "config.json").exists() and read_json(run / "config.json").get("library_name") == "portallib":
-        artifact, run = run.resolve(), OUT / run.resolve().name
-        made = read_json(run / "portal.json")["bases"] if (run / "portal.json").exists() else []
-        if str(artifact) not in [base.get("artifact") for base in made] and RANK == 0:
-            importlib.import_module("export").import_artifact(artifact, run)         # export.py imports this file
-        barrier()
+    if (run / "config.json").exists() and not (run / "portal.json").exists():
+        run = importlib.import_module("export").run_of(run)                          # export.py imports this file
     if not (run / "portal.json").exists():
         raise BadInput(f"{run}: not a run folder (it has no portal.json); python train.py makes one")
     print(f"run: {run}")
@@ -58,10 +54,13 @@ def lock(run):
         inside = path.is_dir() and not os.access(path.parent, os.W_OK)           # then no command can replace it either
         file = path / ".lock" if inside else sibling(run, "lock")
         try:
-            LOCKS.enter_context(filelock.FileLock(file).acquire(timeout=0))
+            LOCKS.enter_context(filelock.FileLock(file, fallback_to_soft=False).acquire(timeout=0))
         except filelock.Timeout:
             raise BadInput(f"{run}: process {file.read_text() or '(starting)'} is writing into it; wait until it has "
                            "ended, or name another folder with --run DIR")
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):       # a file system without locks
+                raise
         file.write_text(str(os.getpid()))
     remove_leftovers(path)
 

@@ -136,9 +136,19 @@ def test_an_artifact_is_a_run(world, capsys):
     assert command(port, "--run", "A", "--to", "./base-b", "--n", "4", "--epochs", "1", *known) == 0
     after = fingerprint(world / "out" / "A")
     assert all(after[name] == before[name] for name in before if name != "log.jsonl")
-    save_artifact(world / "elsewhere" / "A", world / "base-a", "qwen3", ("q", "v"))  # another one of the same name
+    save_artifact(world / "elsewhere" / "A", world / "base-a", "qwen3", ("k", "v"))  # another one of the same name
+    capsys.readouterr()
     assert command(port, "--run", "elsewhere/A", "--to", "./base-c", *known) == 2
+    one_line(capsys, ["out/A has other", "export.py --artifact", "--run DIR"])
     assert fingerprint(world / "out" / "A") == after
+    save_artifact(world / "out" / "B", world / "base-a", "qwen3", ("q", "v"))        # one that lies in out/
+    assert command(port, "--run", "out/B", "--to", "./base-c", "--n", "4", "--epochs", "1", *known) == 0
+    assert (world / "out" / "B-run" / "converters" / "base-c.safetensors").exists()
+    (world / "C").mkdir()
+    for text in ("[1]", "{}"):
+        (world / "C" / "config.json").write_text(text)
+        assert command(evaluation, "--run", "C") == 2
+        assert "not a run folder" in capsys.readouterr().err
 
 
 def test_the_command_that_reads_an_artifact_may_then_lock_the_run(world):

@@ -1,5 +1,5 @@
 """A run on disk and back; files that are malformed; which run; a folder replaced as a whole."""
-import os, pathlib
+import errno, os, pathlib
 
 import pytest
 import torch
@@ -74,3 +74,14 @@ def test_the_newest_run_is_the_one_used(world, capsys):
     for name, date in (("older", "2026-01-01T00:00:00Z"), ("newer", "2026-02-01T00:00:00Z")):
         write_json(world / "out" / name / "portal.json", {"trained": date})
     assert run_folder.find_run(None) == pathlib.Path("out/newer")
+
+
+def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
+    def refuse(lock, **_):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(run_folder.filelock.FileLock, "acquire", refuse)
+    with run_folder.LOCKS:
+        run_folder.lock(tmp_path / "run")
+    monkeypatch.setattr(run_folder.filelock.FileLock, "acquire", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "no")))
+    with run_folder.LOCKS, pytest.raises(BadInput, match="run: not written .no"):
+        run_folder.lock(tmp_path / "run")
