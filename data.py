@@ -205,7 +205,7 @@ def collate(items, device="cpu"):
     answers = [tokens for item in items for tokens in item.continuations]
     rows, columns = np.array(at).T                                                   # [N] each
     single = all(sum(len(tokens) > 1 for tokens in item.continuations) <= 1 for item in items)
-    def tensor(values):                                                              # NumPy reads lists faster
+    def tensor(values):                                                          # np.array converts nested lists faster
         return to_device(torch.from_numpy(np.ascontiguousarray(values)), device)
     return Batch(items, tensor([item.task for item in items]), tensor(ids), tensor(positions),
                  None if single else tensor(segments), (tensor(rows), tensor(columns)), tensor(source),
@@ -238,11 +238,11 @@ def micro_batches(items, max_tokens):
     parts, j = [], len(items)
     while j:
         parts, j = [items[best[j][1]:j], *parts], best[j][1]
-    return parts                                                                     # longest first: memory fails early
+    return parts                                                         # longest first: a lack of memory shows at once
 
 
 class Cycle:
-    """Endless batches of one task: passes over its items, each in a new seeded order, however long other tasks are."""
+    """Endless batches of one task: passes over its items, each in a new seeded order."""
 
     def __init__(self, items, size, seed):
         self.items, self.size, self.random, self.left = items, size, random.Random(seed), []

@@ -181,7 +181,7 @@ def write_results(run, tasks):
              f"seed {', '.join(map(str, seeds))}; {hardware()}.", "",
              "Macro averages over the tasks. `best`: the epoch selected on rows held out of train; `final`: the last "
              "epoch. Lift and retention are of the selected epoch, against the LoRA fitted on the same rows."
-             + (f" Exact match of the decoded text stands for acc_norm in {', '.join(opened)}." if opened else "")
+             + (f" Exact match of the decoded text is reported as acc_norm in {', '.join(opened)}." if opened else "")
              + "".join(f" {task} was learned later, on {', '.join(how['bases'])}, with the core frozen."
                        for task, how in added.items()), "",
              "| base | role | n | method | acc_norm best | acc_norm final | log_loss best | recovered lift "

@@ -6,7 +6,7 @@
     python port.py --dry-run                       prints what that would take in memory and time
 
 A port starts at the identity (P_out is zero) and with the layer embeddings of a source base (portal.Converter). The
-training loop is train.fit: only what is frozen differs. """
+training loop is train.fit: only what is frozen differs."""
 import functools, pathlib
 from typing import Callable, NamedTuple
 
@@ -46,13 +46,14 @@ def layer_inputs(base, text, modules):
 
 @torch.no_grad()
 def align(converter, base, like, source, texts):
-    """Sets P_in by ridge regression, so that the core gets from `base` what it got from `source`, a base it was
-    trained on; `like` is the source's converter. Not in the write-up. It uses prompts but no answers.
+    """Sets P_in by ridge regression towards the inputs of the core on `source`, a base it was trained on; `like` is the
+    source's converter. Not in the write-up. It uses prompts but no answers.
 
     min over P_in of  sum |P_in x - P_in' x'|^2 + lambda |P_in|^2,  in float64, for each module kind: x is what a
     layer of `base` reads at a token of a text, x' what the source's layer of the same relative depth reads at the
     token that ends at the same character. Tokenizers cut texts differently, but most words end at a token's end in
-    both. """
+    both.
+    """
     modules = list(converter.P_in)
     XX, XY = dict.fromkeys(modules, 0), dict.fromkeys(modules, 0)
     source_P = {m: like.P_in[m].double() for m in modules}                           # [d_c, d_in of the source]
@@ -63,9 +64,9 @@ def align(converter, base, like, source, texts):
         at, source_at = [ends[c] for c in shared], [source_ends[c] for c in shared]
         for m in modules:
             for layer in range(base.layers):
-                twin = same_depth(layer, base.layers, source.layers)
+                source_layer = same_depth(layer, base.layers, source.layers)
                 X = x[m, layer][at].double()                                         # [S, d_in]
-                Y = source_x[m, twin][source_at].double() @ source_P[m].T            # [S, d_c]
+                Y = source_x[m, source_layer][source_at].double() @ source_P[m].T            # [S, d_c]
                 XX[m], XY[m] = XX[m] + X.T @ X, XY[m] + X.T @ Y
     for m, P_in in converter.P_in.items():
         ridge = 1e-2 * XX[m].diagonal().mean() * torch.eye(len(XX[m]), dtype=torch.float64, device=base.device)

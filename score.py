@@ -3,7 +3,7 @@
     score(choice)  = log p(choice | prompt) / characters(choice)      the leading space counts
     acc_norm       = share of rows whose gold choice scores above every other (a tie is an error)
     log_loss       = NLL of the gold choices / their number of tokens (a completion's tokens include the EOS at its end)
-    exact match    = share of open rows whose greedy decoding is the completion; it stands where acc_norm does
+    exact match    = share of open rows whose greedy decoding is the completion; it is reported as acc_norm
     recovered lift = (acc - acc_base) / (acc_LoRA - acc_base)         retention = acc / acc_LoRA
 
 Training selects its epoch by these numbers on rows held out of train; evaluation reports them on evaluation rows.

@@ -24,7 +24,7 @@ from runtime.run_folder import OUT, lock, new_folder, occupied, save_portal, sib
 from score import evaluate, full_precision, macro
 
 # REAL: the write-up's numbers (appendix A). TOY: chosen on rows held out of the toy's train split. An epoch is a pass
-# over the largest task and has at least `least` rounds: on a few rows a single pass would teach little.
+# over the largest task and has at least `least` rounds: on a few rows a single pass gives too few steps.
 REAL = dict(n=2000, epochs=5, batch_size=4, lr=1e-3, least=1, max_tokens=4096, sizes={},
             port=dict(n=1000, epochs=5, batch_size=4, lr=1e-3, least=1, max_tokens=4096),
             lora=dict(epochs=5, batch_size=4, lr=1e-4, least=1, max_tokens=4096))
@@ -52,7 +52,7 @@ def task_gradients(base, adapters, items, max_tokens):
     The loss of task t is the NLL of the gold continuation, averaged over that task's answer tokens in `items`. A row
     uses only its own task's slice of A and B, so one backward pass of the sum over tasks gives each task's own
     gradient in row t; a weight of a task can be applied there afterwards. Several processes (runtime/distributed.py)
-    share the rows; each divides by the answer tokens of all, so that their losses and gradients add up. """
+    share the rows; each divides by the answer tokens of all, so that their losses and gradients add up."""
     leaf = adapters.map(lambda a: a.detach().requires_grad_())
     tokens = torch.zeros(len(leaf.tensors()[0]))                                     # [T] answer tokens of each task
     for item in items:
@@ -95,7 +95,7 @@ def one_round(bases, generate, learners, items, max_tokens, weigh=None, combine=
     """One round: the gradients of all tasks on all bases, then a step of every learner. Returns losses [bases, T].
 
     generate(base name) -> Adapters with their autograd graph; items {base name: [Item]}; weigh(base name, losses [T],
-    gradients) -> gradients, to change the tasks' shares; combine: how the bases' gradients on z become one. """
+    gradients) -> gradients, to change the tasks' shares; combine: how the bases' gradients on z become one."""
     z, z_gradients, losses = learners[0].z, [], []
     for learner in learners:
         learner.optimizer.zero_grad()
@@ -106,7 +106,7 @@ def one_round(bases, generate, learners, items, max_tokens, weigh=None, combine=
         if weigh:
             gradients = weigh(base.name, found, gradients)
         torch.autograd.backward(adapters.tensors(), gradients)
-        if z is not None:                                                            # kept apart, base by base
+        if z is not None:                                                            # of each base on its own
             z_gradients.append(z.grad)
             z.grad = None
     if z is not None:
@@ -181,7 +181,7 @@ def fit(job, bases, generate, learners, rows, weigh=None, step=one_round):
 
     job: runtime.job.Job, which restores, saves, logs and refuses losses that are not finite; generate(base name) ->
     Adapters with their graph; rows {task: (train rows, held-out rows)}; weigh: see one_round; step: takes one_round's
-    place. """
+    place."""
     source = Rounds(bases, rows, job.batch_size, job.seed)
     with job.fit(bases, learners, rows, source, weigh):
         for epoch in job.epochs():

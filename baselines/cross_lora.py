@@ -12,11 +12,10 @@ which aligns the subspaces direction by direction: the i-th direction of the sou
           (u_i and v_i together) is taken, on both sides: a rule that needs no common coordinates;
   layers  target layer l takes the source layer at the same relative depth, round(l (L_s - 1) / (L_t - 1)).
 
-Controls: `copy` uses the source's A and B as they are, cut or zero-padded where the shapes differ; `random` puts a
-random delta of the source delta's Frobenius norm in its place. None of the three has epochs: "best" and "final" are
-one. A delta that suits the source may be too weak or too strong for the target, so all three choose a factor for it,
-one a base, on the target's held-out rows, by which the other methods choose their epoch.
-"""
+Controls: `copy` uses the source's A and B as they are, cut or zero-padded where the shapes differ; `random` is a
+random delta of the source delta's Frobenius norm. None of the three has epochs: "best" and "final" are equal. A delta
+that suits the source may be too weak or too strong for the target, so all three choose a factor for it, one a base,
+on the target's held-out rows, by which the other methods choose their epoch."""
 import functools, hashlib
 
 import torch

@@ -1,7 +1,7 @@
 """The joint hypernet (sections 6.1 and 6.2): PorTAL's generator trained on one base alone, with nothing frozen.
 
 Its latents and core have seen no other base. Beside a port, the difference is what freezing latents and core costs,
-or what training on other bases brings. """
+or what training on other bases brings."""
 import dataclasses
 
 import torch

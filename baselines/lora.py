@@ -1,4 +1,5 @@
-"""Per-task LoRA, the yardstick: rank 16, alpha 32, all seven projections, one LoRA a task (appendix A).
+"""Per-task LoRA, the reference for recovered lift: rank 16, alpha 32, all seven projections, one LoRA a task
+(appendix A).
 
 T independent LoRAs are trained at once: a batch mixes tasks, so they share every forward pass of the frozen base, and
 nothing else. Each has its own optimiser, schedule, gradient clip and selected epoch, so each ends where it would have

@@ -1,4 +1,5 @@
-"""A task learned after the port: how much of it arrives on a base that gives no data for it, and what that takes.
+"""A task learned after the port: the recovered lift on a base without training rows for that task, by number of
+training tasks.
 
     python -m experiments.carry_over                             three seeds; the same command continues after a kill
     python -m experiments.carry_over --seeds 0 --out out/carry   one seed
@@ -6,7 +7,7 @@
 For T of the 80 training tasks of toy/grid.py: `train` learns T latents, the core and the converters of two sources;
 `port` a converter for the target, a base of another architecture, on the T tasks; `add` the latents of the other 16
 tasks, on the sources. The target then decodes 16 tasks on which neither the core nor its converter was trained:
-`carried`. Controls: latents fitted on the target itself (`target`), the carried ones given to the wrong tasks
+`carried`. Controls: latents fitted on the target itself (`target`), the carried ones permuted over the tasks
 (`shuffled`), the latent that all started at (`mean`), the bare base and a LoRA a task.
 
     carry-over = (acc_carried - acc_base) / (acc_LoRA - acc_base)

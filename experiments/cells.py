@@ -1,7 +1,7 @@
 """The cells of results.jsonl, made comparable, and their two spreads: over training seeds and over evaluation rows.
 
-    ± sd          over training seeds: where would another training run have ended? (sample sd; one seed has none)
-    [low, high]   over evaluation rows: what would other rows of these tasks say? (95%, 2,000 bootstrap replicates)
+    ± sd          over training seeds (sample sd; one seed has none)
+    [low, high]   over samples of evaluation rows (95%, 2,000 bootstrap replicates)
 
 The bootstrap is paired: a replicate draws its evaluation rows once, for all methods and seeds. A row that is hard for
 one method is hard for most, so most of that noise cancels in the recovered lift, (acc - base) / (LoRA - base).
@@ -81,8 +81,8 @@ def over_seeds(cells, aggregate=fmean, key="acc_norm"):
 
 
 def numbers(cells):
-    """A data frame with a column for each series, and "nothing", right on no row: first the accuracy, mean over tasks
-    and seeds, then R replicates of it, which are NaN if some of its rows do not say what was right."""
+    """A data frame with a column for each series, and "nothing", of accuracy 0: first the accuracy, mean over tasks
+    and seeds, then R replicates of it, which are NaN if some of its rows lack `correct`."""
     draws = {series: np.zeros(REPLICATES) for series in [*cells["series"], "nothing"]}
     rng = np.random.default_rng(0)
     for _, on_task in cells.groupby("task", sort=False):

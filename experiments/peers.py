@@ -94,7 +94,8 @@ def train_ours(work, base, tasks, recompute=False):
 
 
 def train_floor(work, base, tasks):
-    """What every method pays: the frozen base's forward and backward pass over our micro-batches, without adapters."""
+    """The cost common to all methods: the frozen base's forward and backward pass over our micro-batches, without
+    adapters."""
     items = gold_items(base.tokenizer, tasks)
     base.model.enable_input_require_grads()                                          # so that there is a backward pass
     def step():

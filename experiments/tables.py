@@ -189,7 +189,7 @@ def per_task(page):
 
 def carry(page):
     """A latent learned on the sources after the port, on the target: a line for each number of training tasks T."""
-    rows, panels = page.find(experiment="carry"), {"lora": {}, "target": {}}         # {yardstick: {label: points}}
+    rows, panels = page.find(experiment="carry"), {"lora": {}, "target": {}}         # {reference: {label: points}}
     ported = of(rows, variant="carried", role="unseen")
     for (base, recipe, n), own in ported[ported["training_tasks"] > 0].groupby(["base", "recipe", "n"], sort=False):
         label, lines = ", ".join(filter(None, (base, recipe))), []

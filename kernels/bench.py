@@ -3,11 +3,10 @@
     python kernels/bench.py              prints one table for this machine and saves it as results/kernels-<device>.md
     python kernels/bench.py --quick      fewer shapes
 
-A step computes y, dx, dA and dB of a layer's seven projections, of which q, v or all carry adapters (r = 8). `base` is
-y and dx of the seven without adapters, which every method pays. Overhead = (step - base) / base. A and B are float32 in
-ours, as train.py has them; the other ways get them in x's dtype, which spares them the casts. On a CPU everything is
-float32 and the shapes are SmolLM2-135M's. A way's y and gradients are compared before it is timed.
-"""
+A step computes y, dx, dA and dB of a layer's seven projections, of which q, v or all carry adapters (r = 8). `base`
+is y and dx of the seven without adapters, the cost common to all methods. Overhead = (step - base) / base. A and B
+are float32 in ours, as train.py has them; the other ways get them in x's dtype, which spares them the casts. On a CPU
+everything is float32 and the shapes are SmolLM2-135M's. A way's y and gradients are compared before it is timed."""
 import itertools, pathlib, platform, statistics, sys, timeit
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
@@ -63,7 +62,7 @@ def grouped(x, W, A, B, task, rows):
 
 
 def ours(x, W, A, B, task, rows):
-    """kernels/lora.py: the Triton kernels on a GPU, their torch twins on a CPU."""
+    """kernels/lora.py: the Triton kernels on a GPU, plain torch on a CPU."""
     return lora.lora_linear(x, W, None, A, B, task, SCALE)
 
 

@@ -25,17 +25,16 @@ Three kernels with different arguments do all of it. Qwen3-4B's q (2560 -> 4096)
 3.35 TB/s, beside 172 GFLOP, 174 us at 990 TFLOP/s, of the frozen matmul and its dx. q and v of a layer: 100 us of bytes
 beside the 1.7 ms of the layer's seven frozen matmuls, 6%; all seven: 0.56 ms, 34%. (Arithmetic; on a GPU not measured.
 Fewer passes would be faster: one shrink for q, k, v, which share x, and ds and dB from one reading of dy.) On a
-CPU, where matmuls are slower relative to memory, the twins measure 5% and 19%: results/kernels-cpu.md.
+CPU, where matmuls are slower relative to memory, the plain-torch references measure 5% and 19%: results/kernels-cpu.md.
 
 What the other ways cost: gathering A and B a row (`bmm`) copies R r (d_in + d_out) numbers and makes two more
 tensors as large as y; a loop over tasks reads `task` on the host, so that the GPU waits, and launches T small matmuls;
 one dense matmul with all T tasks' A side by side, masked, does T times the work.
 
-A row belongs to one task as a whole. So a tile of a row needs no sorting, no table of segments and no look at `task`
-from the host: it loads one integer. And `outer` needs no atomics: one program computes (task t, a tile of columns) from
-t's rows in order, so that the same batch gives the same bits. Beside each kernel is its torch twin: the same in
-plain torch, which is its reference and what runs on a CPU.
-"""
+A row belongs to one task as a whole. So a tile of a row needs no sorting, no table of segments and no host
+synchronisation on `task`: it loads one integer. And `outer` needs no atomics: one program computes (task t, a tile of
+columns) from t's rows in order, so that the same batch gives the same bits. Beside each kernel stands the same in
+plain torch, which is its reference and what runs on a CPU."""
 from __future__ import annotations  # the kernels' annotations stay text where triton is missing
 
 import torch
@@ -45,17 +44,19 @@ try:
     import triton
     import triton.language as tl
 except ImportError:                                                                  # no triton for this platform: the
-    triton = tl = None                                                               # twins do everything
+    triton = tl = None                                                            # plain-torch references do everything
 jit = triton.jit if triton else lambda kernel: kernel
 
 
 def fused(x):
-    """Whether x goes to the Triton kernels, or to their twins: on a CPU, and in float64, which tl.dot does not take."""
+    """Whether x goes to the Triton kernels, or to their plain-torch references: on a CPU, and in float64, which
+    tl.dot does not take."""
     return x.is_cuda and triton is not None and x.dtype != torch.float64
 
 
 def padded(r):
-    """A dot needs 16 of everything: smaller ranks are filled up with zeros (by masks; nothing is copied)."""
+    """tl.dot needs at least 16 in every dimension: smaller ranks are filled up with zeros (by masks; nothing is
+    copied)."""
     return max(16, triton.next_power_of_2(r))
 
 

@@ -75,7 +75,7 @@ def require_same(path, value):
 
 
 def append_jsonl(path, *rows):
-    """Appends one line a row, all rows or none: half a line would spoil the next one. Raises BadInput."""
+    """Appends one line a row, all rows or none: a partial line would corrupt the next one. Raises BadInput."""
     if RANK:
         return
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()

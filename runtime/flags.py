@@ -78,7 +78,7 @@ def commas(kind=str):
     def parse(text):
         parts = [part.strip() for part in text.split(",")]
         if not all(parts) or len(set(parts)) < len(parts):
-            refuse(text, "names separated by commas, none twice, are")
+            refuse(text, "a list of different names separated by commas is")
         return [kind(part) for part in parts]
     return parse
 

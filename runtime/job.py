@@ -1,11 +1,11 @@
-"""The bookkeeping of one fit, outside the loop that a reader of train.fit reads: state file, progress, log, refusals.
+"""State file, progress bar, log and error checks of one fit, kept out of the loop in train.fit.
 
     Job      runs all epochs; restores a killed fit, saves on time and at Ctrl-C, appends a line an epoch to log.jsonl
     DryRun   has the same methods; runs four rounds and one evaluation and prints what the whole fit would take
 
 The state file holds the learners' parameters and optimiser states, the running means of the losses and the position in
-the run. It does not hold the order of the rows, which the seed repeats, nor the frozen base. It belongs to one
-configuration, told by a digest; the state of another one is left aside.
+the run. It does not hold the order of the rows, which the seed repeats, nor the frozen base. A digest says which
+configuration it belongs to; the state of another one is not used.
 """
 import contextlib, datetime, json, resource, signal, sys, threading, time
 from types import SimpleNamespace
@@ -165,7 +165,7 @@ class Job:
             raise BadInput(f"{self.path}: not a whole state file ({error}); delete it to start over")
         place_lines(self.log, note["at"]["lines"], keep=same)
         if not same:
-            return print(f"{self.what} starts anew: {self.path} is the state of another configuration")
+            return print(f"{self.what} starts from round 0: {self.path} belongs to another configuration")
         def part(prefix):
             return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         for i, (learner, rest) in enumerate(zip(self.learners, note["learners"])):

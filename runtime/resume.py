@@ -1,9 +1,9 @@
-"""A killed command goes on: started again, it ends with the numbers of an undisturbed one. Journal lists the finished
-parts of a command of many parts (port.py, eval.py); the state of a single fit is job.py's.
+"""Resuming a killed command: the same command, started again, ends with the numbers of an undisturbed one.
 
-A kill can come between any two instructions, so nothing relies on tidying up afterwards. Files are written whole, and
-lines for a .jsonl file are saved here before they are appended there: on the way back those that it lacks are known,
-and none can be there twice. """
+Journal lists the finished parts of a command of many parts (port.py, eval.py); the state of a single fit is job.py's.
+A kill can come between any two instructions, so nothing relies on cleaning up afterwards. Files are written whole.
+Lines of a .jsonl file are saved here before they are appended there: on restart, missing lines are known and appended
+once."""
 import contextlib, hashlib, json
 
 from runtime.files import append_jsonl, read_json, remove, write_json, write_whole, writing

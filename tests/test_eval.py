@@ -60,7 +60,7 @@ def test_a_run_with_completions_end_to_end(opened, capsys):
     for row in found:
         assert set(row) == contract | ({"metric"} if row["task"] == "say" else set())
         assert sum(unpack(row["correct"], row["rows"])) / row["rows"] == row["acc_norm"]
-    assert "Exact match of the decoded text stands for acc_norm in say." in (opened / "results.md").read_text()
+    assert "Exact match of the decoded text is reported as acc_norm in say." in (opened / "results.md").read_text()
 
 
 def test_the_table_takes_the_last_row_of_a_cell(tmp_path):

@@ -1,5 +1,5 @@
 """The layout: imports lead one way and in no circle, portal.py stands on nothing of ours, nothing is patched outside tests."""
-import ast
+import ast, re
 
 import pytest
 from runtime.files import ROOT
@@ -53,6 +53,14 @@ def test_imports_lead_down(name):
             assert floor(other) <= own, f"{name} imports {other}, which stands above it"
     assert name != "portal" or not OURS[name]
     assert not any(module.startswith("unittest") for module in imports(NAMES[name]))
+
+
+def test_what_a_higher_file_does_for_a_lower_one():
+    """Three commands are carried out by a file above theirs, which is imported when they are called, by name."""
+    handed_over = {"train": "experiments.add_task", "data": "benchmarks", "runtime.run_folder": "export"}
+    found = {(name, module) for name, path in NAMES.items()
+             for module in re.findall(r'(?:import_module|run_module|__import__)\("([\w.]+)"', path.read_text()) if module in NAMES}
+    assert found == set(handed_over.items())
 
 
 def test_no_line_is_longer_than_120():

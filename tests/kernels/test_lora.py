@@ -138,7 +138,7 @@ def test_shapes_that_do_not_fit_are_refused():
         lora.lora_add(torch.zeros(4, 37, 149), x, A, B, task, 1.0)
 
 
-COMPILE = """
+COMPILE ="""
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource

@@ -33,7 +33,7 @@ flags.run_main(main)
 """
 
 # Process 1 alone meets a problem while the other waits for it in a sum; both meet the same one.
-ONE_FAILS = """
+ONE_FAILS ="""
 from runtime import distributed, files, flags, run_folder
 def main():
     if distributed.RANK == 1:
@@ -41,7 +41,7 @@ def main():
     distributed.barrier()
 flags.run_main(main)
 """
-BOTH_FAIL = """
+BOTH_FAIL ="""
 from runtime import distributed, files, flags, run_folder
 flags.run_main(lambda: flags.parse("", "n", ["--n", "0"]))
 """

@@ -231,7 +231,7 @@ def test_the_state_of_another_configuration_is_left_aside(world, capsys, monkeyp
     def anew(*argv):
         capsys.readouterr()
         assert command(train, *argv) == 0
-        assert "train starts anew" in capsys.readouterr().out
+        assert "train starts from round 0" in capsys.readouterr().out
         return world / "out" / "base-a+base-b"
     interrupted(*TRAIN)
     shutil.rmtree(anew(*TRAIN, "--seed", "1"))
