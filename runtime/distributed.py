@@ -49,7 +49,6 @@ def another_failed():
     return store is not None and store.add("failures", 0) > 0
 
 
-# ---------------------------------------------------------------------------------------------- shards and sums
 def all_sum(tensor):
     """The sum of `tensor` over all processes, on its device. A NaN in one process is a NaN in all."""
     if WORLD > 1:
@@ -64,8 +63,7 @@ def barrier():
 
 
 def split_evenly(items):
-    """WORLD lists of items with about equal numbers of tokens: longest first, each to the list with the fewest so
-    far."""
+    """WORLD lists of items, about equal in tokens: longest first, each to the list with the fewest so far."""
     shards, loads = [[] for _ in range(WORLD)], [0] * WORLD
     for item in sorted(items, key=lambda item: item.length(), reverse=True):
         k = loads.index(min(loads))

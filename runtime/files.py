@@ -5,6 +5,7 @@ Of several processes (distributed.py), all of which come to the same write, only
 import contextlib, datetime, json, os, pathlib
 
 import safetensors
+import torch
 
 from runtime.distributed import RANK
 
@@ -20,6 +21,11 @@ def first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
+def out_of_memory(error):
+    """Whether memory is exhausted: a GPU's allocator has its own exception, a CPU's is known by its message."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
 @contextlib.contextmanager
 def writing(path):
     """Turns what the file system refuses inside (a full disk, no permission) into a BadInput that names `path`."""
@@ -31,8 +37,7 @@ def writing(path):
 
 
 def write_whole(path, write):
-    """Calls write(temporary path) and renames: `path` holds the old file or the new one, never a part. Raises
-    BadInput."""
+    """Calls write(temporary path) and renames: `path` holds the old file or the new one, whole. Raises BadInput."""
     if RANK:
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

@@ -7,11 +7,10 @@ import argparse, pathlib, sys
 import torch
 
 from runtime import distributed
-from runtime.files import BadInput, first_line
+from runtime.files import BadInput, first_line, out_of_memory
 from runtime.run_folder import LOCKS
 
 
-# ---------------------------------------------------------------------------------------------- running a command
 def run_main(main):
     """Runs main(). BadInput and lack of memory end as one line on stderr and exit code 2, Ctrl-C as exit code 130."""
     try:
@@ -20,34 +19,24 @@ def run_main(main):
             main()
         distributed.stop()
     except BadInput as error:
-        raise SystemExit(fail(error))
+        fail(f"error: {error}")
     except KeyboardInterrupt as stop:
-        say(f"interrupted; {str(stop) or 'what was saved before is untouched'}")
-        raise SystemExit(130)
+        fail(f"interrupted; {str(stop) or 'what was saved before is untouched'}", 130)
     except Exception as error:
         if out_of_memory(error):
-            raise SystemExit(fail(f"out of memory ({first_line(error)}); try a smaller --max-tokens"))
+            fail(f"error: out of memory ({first_line(error)}); try a smaller --max-tokens")
         if distributed.another_failed():                                             # which has printed the cause; this
             raise SystemExit(2)                                                      # process only lost its partner
         raise
 
 
-def out_of_memory(error):
-    """Whether memory is exhausted: a GPU's allocator has its own exception, a CPU's is known by its message."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-
-
-def fail(message):
-    say("error: " + " ".join(str(message).split()))
-    return 2
-
-
-def say(line):
+def fail(message, code=2):
+    """Ends this process with an exit code; the first of several to fail prints the message, as one line."""
     if distributed.claim_failure():
-        print(line, file=sys.stderr)
+        print(" ".join(message.split()), file=sys.stderr)
+    raise SystemExit(code)
 
 
-# ---------------------------------------------------------------------------------------------- values
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line that names the option and what is accepted."""
 
@@ -55,7 +44,7 @@ class Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments"):
             options = [option for action in self._actions for option in action.option_strings]
             message += "; accepted: " + " ".join(option for option in options if option.startswith("--"))
-        raise SystemExit(fail(message))
+        fail(f"error: {message}")
 
 
 def refuse(text, accepted):
@@ -129,18 +118,15 @@ FLAGS = {
                                       "on --bases of the run (default: those that the core was trained on)"),
         "n": dict(NUMBER, help="training rows a task, a seeded random sample (held-out rows are part of it)"),
         "eval-rows": dict(NUMBER, help="evaluation rows a task, a seeded random sample (default: all)"),
-        "methods": dict(NAMES, help="methods to measure, of base,lora,lora_iso,cross_lora,copy,random,hypernet,portal "
-                                    "(default: all but lora_iso, LoRAs with as many parameters as the converter, and "
-                                    "hypernet, the generator trained on that base alone)"),
-        "method": dict(choices=["portal", "lora", "cross_lora", "copy", "random"], default="portal",
-                       help="whose adapters"),
+        "methods": dict(NAMES, help="base,lora,cross_lora,copy,random,portal (default: these), lora_iso (LoRAs of the "
+                                    "converter's size), hypernet (the generator trained on that base alone)"),
+        "method": dict(choices="portal lora cross_lora copy random".split(), default="portal", help="whose adapters"),
         "artifact": dict(FOLDER, help="a portallib artifact to read: config.json, model.safetensors"),
         "ported": dict(SWITCH, help="the artifact is a refit: its base counts as unseen")},
     "the method": {
         "modules": dict(metavar="A,B", help="adapted projections: 'all' or some of q,k,v,o,gate,up,down"),
         "rank": dict(NUMBER, help="rank of the generated adapters"),
-        "align": dict(SWITCH, help="start P_in by regression on a source base of the run, which is loaded, too: fewer "
-                                   "rows are then enough"),
+        "align": dict(SWITCH, help="start P_in by regression on one of the run's bases, also loaded; needs fewer rows"),
         "norm": dict(choices=["layer", "none"], help="LayerNorm in the trunk, or the write-up's trunk as printed")},
     "the optimiser": {
         "epochs": dict(NUMBER, help="passes over the largest task"),
@@ -149,8 +135,7 @@ FLAGS = {
         "seed": dict(type=seed, metavar="N", help="seed of everything random (train: 0; else the run's)")},
     "the machine": {
         "device": dict(type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="torch device"),
-        "dtype": dict(choices=["float32", "bfloat16", "float16"],
-                      help="of the frozen base (CPU: float32, GPU: bfloat16)"),
+        "dtype": dict(choices="float32 bfloat16 float16".split(), help="of the base (CPU: float32, GPU: bfloat16)"),
         "device-map": dict(choices=["auto"], help="spread a base too big for one GPU over all of them (accelerate)"),
         "quantize": dict(choices=["4bit"], help="hold the base's weights in 4 bits, NF4 (bitsandbytes; CUDA)"),
         "max-tokens": dict(NUMBER, help="token budget of a micro-batch, padding included"),
@@ -167,10 +152,9 @@ FLAGS = {
 
 
 def parse(description, names, argv=None, defaults=({}, {}), **changes):
-    """Returns the parsed flags `names` (spelled as on the command line). defaults: what stands for a flag that is not
-    given, on the toy and on other bases ({name: value}), for the help; changes: argparse's keywords of a flag of the
-    command's own, or in place of a shared flag's. Ends the command with one line on stderr and exit code 2 for bad
-    flags."""
+    """Returns the parsed flags `names` (spelled as on the command line); bad ones end the command with exit code 2.
+    defaults: {name: value} of flags not given, on the toy and on other bases, for the help; changes: argparse's
+    keywords of a flag of the command's own, or in place of a shared flag's."""
     module = getattr(sys.modules["__main__"], "__spec__", None)                      # set by python -m
     parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
                     usage=f"python {f'-m {module.name}' if module else '%(prog)s'} [--flag VALUE ...]")

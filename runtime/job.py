@@ -3,21 +3,20 @@
     Job      runs all epochs; restores a killed fit, saves on time and at Ctrl-C, appends a line an epoch to log.jsonl
     DryRun   has the same methods; runs four rounds and one evaluation and prints what the whole fit would take
 
-The state file holds the learners' parameters and optimiser states, the running means of the losses and the position in
-the run. It does not hold the order of the rows, which the seed repeats, nor the frozen base. A digest says which
-configuration it belongs to; the state of another one is not used.
+The state file holds the learners' parameters and optimiser states, the running means of the losses, the position in the
+run and a digest of its configuration; a state of another one is not used. The seed repeats the order of the rows.
 """
-import contextlib, datetime, json, resource, signal, sys, threading, time
+import contextlib, datetime, json, math, resource, signal, sys, threading, time
 from types import SimpleNamespace
 
-import safetensors, safetensors.torch
+import safetensors
 import torch
 from tqdm import tqdm
 
 from runtime.distributed import NO_BAR, RANK
-from runtime.files import BadInput, append_jsonl, today, write_whole
-from runtime.flags import out_of_memory
+from runtime.files import BadInput, append_jsonl, out_of_memory, today
 from runtime.resume import digest, place_lines
+from runtime.run_folder import save_tensors
 
 EVERY = 60  # seconds between two saves within an epoch, at least
 
@@ -43,14 +42,11 @@ class Job:
         # The position: rounds done; lines of finished epochs; this epoch's loss, tokens and start (in `seconds`).
         self.at = SimpleNamespace(done=0, lines=[], loss=0.0, tokens=0, began=0.0, seconds=0.0)
 
-    @property
-    def seconds(self):
-        return self.at.seconds
+    seconds = property(lambda self: self.at.seconds)
 
     @contextlib.contextmanager
     def fit(self, bases, learners, rows, source, weigh=None):
-        """Everything around the loop: restores before it; saves at Ctrl-C; names base, round and tasks when memory is
-        full."""
+        """Restores before the loop; saves at Ctrl-C; names base, round and tasks when memory is full."""
         self.bases, self.learners, self.source = bases, learners, source
         self.means = getattr(weigh, "means", {})                                     # {base name: [T]}
         self.means.clear()
@@ -61,8 +57,8 @@ class Job:
             for task in learner.tasks:
                 source.skip(task, learner.schedule.last_epoch)                     # the rows of the steps already taken
         self.started, self.round = time.time() - self.at.seconds, self.at.done
-        self.bar = tqdm(total=self.last * self.per_epoch, initial=self.at.done, desc=self.what, unit="round",
-                        disable=NO_BAR)
+        total = self.last * self.per_epoch
+        self.bar = tqdm(total=total, initial=self.at.done, desc=self.what, unit="round", disable=NO_BAR)
         with self.bar, self.interrupts():
             try:
                 yield
@@ -84,8 +80,7 @@ class Job:
                 self.end_epoch(epoch)
 
     def rounds(self, epoch):
-        """Yields the number of each round of an epoch, from 0. Ctrl-C waits for the end of a round: a part of one
-        could not be saved."""
+        """Yields each round's number in the epoch, from 0. Ctrl-C waits for its end: a part could not be saved."""
         for k in range(self.at.done - (epoch - 1) * self.per_epoch, self.per_epoch):
             self.round = self.at.done + 1
             with self.defer_interrupt():
@@ -96,33 +91,30 @@ class Job:
                 self.save()
 
     def record(self, losses, items):
-        """Takes a round's losses [bases, T] and its items {base name: [Item]}. Raises BadInput if a loss is not
-        finite."""
+        """Takes a round's losses [bases, T] and its items {base name: [Item]}. Raises BadInput: see check."""
         losses = losses.cpu()                                                        # waits for the device
-        for base, own in zip(self.bases, losses):
-            self.check(own, "", base.name, self.round)
-        tasks = {item.task for own in items.values() for item in own}
-        loss = float(losses.sum()) / len(tasks) / len(self.bases)
-        at = self.at
+        self.check(losses.tolist())
+        at, drawn = self.at, [item for own in items.values() for item in own]
+        loss = float(losses.sum()) / len({item.task for item in drawn}) / len(self.bases)
         at.done, at.loss, at.seconds = at.done + 1, at.loss + loss, time.time() - self.started
-        at.tokens += sum(item.length() for own in items.values() for item in own)
+        at.tokens += sum(item.length() for item in drawn)
         self.bar.set_postfix(loss=f"{loss:.3f}", tok_s=int(at.tokens / (at.seconds - at.began)), refresh=False)
 
     def record_scores(self, scores):
-        """Takes an epoch's scores {(base name, task): (acc_norm, -log_loss)} and returns them. Raises BadInput if one
-        is not finite."""
+        """Takes and returns an epoch's {(base name, task): (acc_norm, -log_loss)}. Raises BadInput: see check."""
         self.forget_batches()
-        for base in self.bases:
-            own = [scores.get((base.name, task), (0.0, 0.0))[1] for task in self.source.tasks]
-            self.check(torch.tensor(own), "held-out ", base.name, self.round)
+        tasks = self.source.tasks
+        self.check([[scores.get((base.name, task), (0, 0))[1] for task in tasks] for base in self.bases], "held-out ")
         self.scores = scores
         return scores
 
-    def check(self, losses, which, base, number):
-        if not torch.isfinite(losses).all():
-            bad = ", ".join(self.source.tasks[int(t)] for t in (~torch.isfinite(losses)).nonzero())
-            raise BadInput(f"{self.what}: the {which}loss is not finite on base {base}, task {bad}, round {number}; "
-                           "try a smaller --lr or --dtype float32, which starts over")
+    def check(self, losses, which=""):
+        """Raises BadInput if some of losses [bases, T] are not finite."""
+        for base, own in zip(self.bases, losses):
+            bad = ", ".join(task for task, loss in zip(self.source.tasks, own) if not math.isfinite(loss))
+            if bad:
+                raise BadInput(f"{self.what}: the {which}loss is not finite on base {base.name}, task {bad}, "
+                               f"round {self.round}; try a smaller --lr or --dtype float32, which starts over")
 
     def end_epoch(self, epoch):
         """Saves the state, appends the epoch's line to the log and prints it."""
@@ -141,10 +133,9 @@ class Job:
         tqdm.write(f"{self.what} epoch {epoch}/{self.last}: loss {line['loss']:.3f}, {held}, {seconds:.0f} s, "
                    f"{line['tokens_per_s']} tokens/s")
 
-    # ------------------------------------------------------------------------------------------ the state file
     def identify(self, rows, weigh):
-        """A digest of all that the numbers of the fit follow from. Not of max_tokens and the device, which change
-        rounding alone: a fit that ran out of memory may go on with a smaller --max-tokens."""
+        """A digest of all that the fit's numbers follow from. Not of max_tokens and the device, which change rounding
+        alone: a fit that ran out of memory may go on with a smaller --max-tokens."""
         facts = [[base.name, base.origin, base.revision, str(base.model.dtype)] for base in self.bases]
         facts += [[learner.tasks, learner.rounds, learner.schedule.base_lrs] for learner in self.learners]
         named = f"{getattr(weigh, '__qualname__', type(weigh).__qualname__)} {getattr(weigh, 'floor', '')}"
@@ -178,23 +169,17 @@ class Job:
     def save(self):
         if self.path is None or RANK:
             return
-        start, rests = time.time(), []
-        tensors = {f"ema.{name}": mean for name, mean in self.means.items()}
-        for i, learner in enumerate(self.learners):
-            own, rest = learner.state()
-            tensors.update({f"{i}.{name}": t for name, t in own.items()})
-            rests.append(rest)
-        tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        note = json.dumps(dict(identity=self.identity, at=vars(self.at), learners=rests))
-        write_whole(self.path, lambda p: safetensors.torch.save_file(tensors, p, {"note": note}))
+        start, states = time.time(), [learner.state() for learner in self.learners]
+        tensors = {f"{i}.{name}": t for i, (own, _) in enumerate(states) for name, t in own.items()}
+        tensors |= {f"ema.{name}": mean for name, mean in self.means.items()}
+        note = dict(identity=self.identity, at=vars(self.at), learners=[rest for _, rest in states])
+        save_tensors(self.path, tensors, {"note": json.dumps(note)})
         self.due = time.time() + max(EVERY, 20 * (time.time() - start))            # saving takes 5% of the time at most
 
-    # ------------------------------------------------------------------------------------------ Ctrl-C and memory
     @contextlib.contextmanager
     def interrupts(self):
-        """Ctrl-C inside raises KeyboardInterrupt, but within `defer_interrupt` at its end; a second one ends the
-        process at once. Where Ctrl-C does not raise KeyboardInterrupt (a background job, another thread) it is left
-        as it is."""
+        """Ctrl-C inside raises KeyboardInterrupt, but within `defer_interrupt` at its end, where a second one ends the
+        process at once. Ctrl-C that does not raise KeyboardInterrupt outside (a background job) is left as it is."""
         ordinary = signal.getsignal(signal.SIGINT) is signal.default_int_handler
         if not ordinary or threading.current_thread() is not threading.main_thread():
             yield
@@ -227,25 +212,19 @@ class Job:
             base.batch = None
 
     def name_memory(self, error):
-        """Raises BadInput with base, round, micro-batch and tasks if `error` is a lack of memory in a base's forward
-        pass."""
+        """Raises BadInput with base, round, micro-batch and tasks if a base's forward pass ran out of memory."""
         used = [base for base in self.bases if base.batch is not None]               # the last one was computing
         if out_of_memory(error) and used:
-            items, ids = used[-1].batch.items, used[-1].batch.ids
-            raise BadInput(
-                f"{self.what}: out of memory on base {used[-1].name}, round {self.round}, in a "
-                f"micro-batch of {ids.shape[0]} rows by {ids.shape[1]} tokens of "
-                f"{', '.join(sorted({item.row.task for item in items}))}; try a smaller --max-tokens, "
-                "--recompute or --dtype bfloat16; what was saved before is untouched")
+            base, (rows, tokens) = used[-1], used[-1].batch.ids.shape
+            tasks = ", ".join(sorted({item.row.task for item in base.batch.items}))
+            raise BadInput(f"{self.what}: out of memory on base {base.name}, round {self.round}, in a micro-batch of "
+                           f"{rows} rows by {tokens} tokens of {tasks}; try a smaller --max-tokens, --recompute or "
+                           "--dtype bfloat16; what was saved before is untouched")
 
 
-class DryRun:
+class DryRun(Job):
     """Stands in for a Job: a round of every task's longest rows (they need the most memory, and this warms up), the
     three rounds that the fit starts with, and one micro-batch of held-out rows on each base. Writes nothing."""
-
-    def __init__(self, what, settings, seed, log=None, state=None, frozen=()):
-        self.what, self.seed, self.seconds, self.times = what, seed, 0.0, []
-        self.last, self.batch_size, self.max_tokens = (settings[key] for key in ("epochs", "batch_size", "max_tokens"))
 
     def clock(self):
         if self.device.type == "cuda":
@@ -254,7 +233,7 @@ class DryRun:
 
     @contextlib.contextmanager
     def fit(self, bases, learners, rows, source, weigh=None):
-        self.device = bases[0].device
+        self.device, self.times = bases[0].device, []
         for cycle in source.cycles.values():
             cycle.left = sorted(cycle.items, key=lambda item: item.length())[-self.batch_size:]
         tokens = sum(item.length() for held in source.held.values() for item in held)

@@ -18,8 +18,7 @@ def digest(facts, tensors=()):
 
 
 def place_lines(path, rows, keep=True):
-    """Makes `rows` the last lines of a .jsonl file, each once, whether or not it held them; keep=False: takes them
-    out."""
+    """Makes `rows` the last lines of a .jsonl file, each once, held already or not; keep=False: takes them out."""
     ours = [json.dumps(row) for row in rows]
     before = path.read_text().splitlines() if path.exists() else []
     after = [line for line in before if line not in ours] + (ours if keep else [])

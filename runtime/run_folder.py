@@ -1,18 +1,16 @@
-"""The run folder: which one, its lock, its replacement as a whole; the method's parameters on disk (safetensors,
-JSON)."""
-import contextlib, errno, importlib, os, pathlib, re, shutil, tempfile
+"""The run folder: which one, its lock, its replacement as a whole; the method's parameters in safetensors and JSON."""
+import contextlib, errno, functools, importlib, os, pathlib, re, shutil, tempfile
 
 import filelock, safetensors, safetensors.torch
 import torch
 
 from portal import Adapters, Config, Converter, Portal
 from runtime.distributed import RANK
-from runtime.files import BadInput, read_json, write_whole, writing
+from runtime.files import BadInput, out_of_memory, read_json, write_whole, writing
 
 OUT = pathlib.Path("out")
 
 
-# ---------------------------------------------------------------------------------------------- the folder
 def find_run(run):
     """`--run`, or the run trained last (the newest `trained` date in out/*/portal.json). A portallib artifact is read
     into the run out/<its name>. Prints which. Raises BadInput."""
@@ -117,14 +115,17 @@ def load_tensors(path):
     try:
         return safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
-        raise BadInput(f"{path}: not a whole safetensors file ({error}); restore it or run the command that made it "
-                       "again")
+        raise BadInput(f"{path}: not a whole safetensors file ({error}); restore it or repeat the command that made it")
 
 
-def load_into(module, path):
+@contextlib.contextmanager
+def fitting(path):
+    """Yields load_tensors(path); where their use inside finds other names or shapes, raises a BadInput."""
     try:
-        module.load_state_dict(load_tensors(path))
-    except RuntimeError:
+        yield load_tensors(path)
+    except (KeyError, IndexError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise
         raise BadInput(f"{path}: its tensors do not fit this run's portal.json (another configuration's file?)")
 
 
@@ -157,8 +158,7 @@ def save_converter(run, portal, name, tag, final=False):
 
 
 def saved_at(run, name, final):
-    """The path of a file: in final/, which holds the last epoch's state where another epoch was selected, or in the
-    run."""
+    """The path of a file: in final/ (the last epoch's state where another was selected) if it is there, or in run."""
     return run / "final" / name if final and (run / "final" / name).exists() else run / name
 
 
@@ -172,8 +172,7 @@ def load_config(run):
         raise BadInput(f"{run / 'portal.json'}: not a PorTAL configuration ({error})")
     for name in names:
         if not plain(name):
-            raise BadInput(f"{run / 'portal.json'}: {name!r} is no name of a task or a base: it names files and "
-                           "folders here")
+            raise BadInput(f"{run / 'portal.json'}: {name!r} is no name of a task or a base: it names files here")
     return saved, cfg
 
 
@@ -188,13 +187,10 @@ def provenances(run):
 
 
 def load_converter(cfg, path):
-    tensors = load_tensors(path)
-    try:
+    with fitting(path) as tensors:
         dims = {m: (tensors[f"P_in.{m}"].shape[1], tensors[f"P_out.{m}"].shape[0]) for m in cfg.modules}
         converter = Converter(cfg, len(tensors["e"]), dims)
-    except (KeyError, IndexError):
-        raise BadInput(f"{path}: its tensors do not fit this run's portal.json (another configuration's file?)")
-    load_into(converter, path)
+        converter.load_state_dict(tensors)
     return converter
 
 
@@ -202,16 +198,16 @@ def load_portal(run, tags=(), final=False):
     """Returns a saved run as a Portal with the converters of `tags`, of the selected epoch or (final) the last. Raises
     BadInput if a file is missing or does not fit portal.json."""
     run = pathlib.Path(run)
-    def newest(name):
-        return saved_at(run, name, final)
+    newest = functools.partial(saved_at, run, final=final)
     _, cfg = load_config(run)
     portal = Portal(cfg)
-    load_into(portal.core, newest("core.safetensors"))
-    z = load_tensors(newest("latents.safetensors")).get("z")
-    T = len(cfg.tasks)  # the file has more rows if an --add-task was killed before it wrote portal.json
-    if z is None or z.dim() != 2 or z[:T].shape != portal.z.shape:
-        raise BadInput(f"{newest('latents.safetensors')}: its tensors do not fit this run's portal.json")
-    portal.z.data = z[:T]
+    with fitting(newest("core.safetensors")) as tensors:
+        portal.core.load_state_dict(tensors)
+    with fitting(newest("latents.safetensors")) as tensors:
+        z = tensors["z"][:len(cfg.tasks)]  # the file has more rows if an --add-task was killed before portal.json
+        if z.shape != portal.z.shape:
+            raise IndexError(z.shape)
+        portal.z.data = z
     for tag in tags:
         portal.converters[tag] = load_converter(cfg, newest(f"converters/{tag}.safetensors"))
     return portal

@@ -1,4 +1,4 @@
-"""The three commands end to end on tiny bases, and bad input: one line on stderr, exit code 2, nothing saved lost."""
+"""The help of each command: every flag, in its group, with the presets' values."""
 import re
 
 import pytest
