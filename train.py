@@ -270,6 +270,13 @@ def main(argv=None, sizes={}, change=lambda portal: None, weigh=None, step=one_r
         return
     fitted = dict(n=settings["n"], seed=seed, data=str(data.resolve()), epochs=settings["epochs"],
                   epoch_selected=learner.epoch, seconds=round(job.seconds, 1), date=today())
+    save_run(run, portal, learner, bases, settings, fitted)
+    print(f"epoch {learner.epoch} of {settings['epochs']} selected on held-out rows; saved to {run}")
+
+
+def save_run(run, portal, learner, bases, settings, fitted):
+    """Writes the run folder, whole or not at all; fitted: what the provenance of every converter says of the fit."""
+    part = sibling(run, "part")
     with new_folder(run) as folder:                                                  # becomes `run` when it is whole
         save_states([learner], settings["epochs"], lambda final: save_portal(folder, portal, final))
         provenance = [dict(base=b.name, id=b.origin, revision=b.revision, ported=False, quantize=b.quantize, **fitted)
@@ -277,12 +284,11 @@ def main(argv=None, sizes={}, change=lambda portal: None, weigh=None, step=one_r
         for p in provenance:
             write_json(folder / "converters" / f"{p['base']}.json", p)
         write_json(folder / "portal.json", dict(
-            config=vars(cfg), bases=provenance, seed=seed, data=fitted["data"], trained=today(), **settings,
-            versions=dict(torch=torch.__version__, transformers=transformers.__version__)))
+            config=vars(portal.cfg), bases=provenance, seed=fitted["seed"], data=fitted["data"], trained=today(),
+            **settings, versions=dict(torch=torch.__version__, transformers=transformers.__version__)))
         write_whole(folder / "log.jsonl", lambda p: shutil.copy(part / "log.jsonl", p))
     if RANK == 0:
         shutil.rmtree(part, ignore_errors=True)
-    print(f"epoch {learner.epoch} of {settings['epochs']} selected on held-out rows; saved to {run}")
 
 
 def lock_for_training(run, cfg, args):
