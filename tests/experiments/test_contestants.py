@@ -2,20 +2,21 @@
 import pytest
 import torch
 
-from experiments import peers
+from experiments import contestants
+from runtime.files import ROOT
 from portal import Config, Converter, Portal
 from train import EMA, one_round, portal_learner
 
 
 def test_a_training_round_of_ours_and_of_portallib_is_the_same():
     portallib = pytest.importorskip("portallib")
-    work = peers.Work("toy-qwen-m", peers.ROOT / "toy" / "data", "cpu", torch.float32, 4096)
+    work = contestants.Work("toy-qwen-m", ROOT / "toy" / "data", "cpu", torch.float32, 4096)
     loaded, tasks = work.load()
-    plain, dataset = peers.portallib_inputs(loaded, tasks)
+    plain, dataset = contestants.portallib_inputs(loaded, tasks)
     tasks = dict(list(tasks.items())[:3])
     rows = [row for task in tasks for row in dataset.rows("train", task)]
     cfg = Config(tasks=list(tasks), norm="none", d_z=8, d_e=4, hidden=16, d_c=12, rank=4, alpha=8)
-    trainer = peers.portallib_trainer(plain, portallib.ChoiceDataset(rows, rows), cfg, lambda: 0.0)
+    trainer = contestants.portallib_trainer(plain, portallib.ChoiceDataset(rows, rows), cfg, lambda: 0.0)
     alignment = trainer.alignments[plain.model_id]
 
     base, _ = work.load()
@@ -36,9 +37,9 @@ def test_a_training_round_of_ours_and_of_portallib_is_the_same():
     losses = []
     plain.model.register_forward_hook(lambda module, args, output: losses.append(output.loss.item()))
     trainer.train()
-    settings = dict(epochs=peers.ROUNDS, batch_size=peers.ROWS, lr=1e-3, least=1)
+    settings = dict(epochs=contestants.ROUNDS, batch_size=contestants.ROWS, lr=1e-3, least=1)
     learner = portal_learner(portal, {task: (own, []) for task, own in tasks.items()}, settings)
-    items = {base.name: peers.gold_items(base.tokenizer, tasks)}
+    items = {base.name: contestants.gold_items(base.tokenizer, tasks)}
     found = one_round([base], portal.adapters, [learner], items, 64, EMA())
     torch.testing.assert_close(found[0], torch.tensor(losses), rtol=1e-4, atol=1e-5)
     for ours, theirs in pairs:                                                       # after the clip and the step
