@@ -180,8 +180,8 @@ def fit(job, bases, generate, learners, rows, weigh=None, step=one_round):
     """Trains `learners` on frozen `bases`; each then holds its last epoch and, in `best`, the selected one.
 
     job: runtime.job.Job, which restores, saves, logs and refuses losses that are not finite; generate(base name) ->
-    Adapters with their graph; rows {task: (train rows, held-out rows)}; weigh: see one_round; step: takes one_round's
-    place."""
+    Adapters with their graph; rows {task: (train rows, held-out rows)}; weigh: see one_round; step: replaces
+    one_round."""
     source = Rounds(bases, rows, job.batch_size, job.seed)
     with job.fit(bases, learners, rows, source, weigh):
         for epoch in job.epochs():
