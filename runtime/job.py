@@ -38,7 +38,8 @@ class Job:
     def __init__(self, what, settings, seed, log, state=None, frozen=()):
         self.what, self.seed, self.log, self.path, self.frozen = what, seed, log, state, frozen
         self.deferred = self.pressed = False                                         # Ctrl-C: see interrupts
-        self.last, self.batch_size, self.max_tokens = (settings[key] for key in ("epochs", "batch_size", "max_tokens"))
+        self.n_epochs, self.batch_size = settings["epochs"], settings["batch_size"]
+        self.max_tokens = settings["max_tokens"]
         # The position: rounds done; lines of finished epochs; this epoch's loss, tokens and start (in `seconds`).
         self.at = SimpleNamespace(done=0, lines=[], loss=0.0, tokens=0, began=0.0, seconds=0.0)
 
@@ -57,7 +58,7 @@ class Job:
             for task in learner.tasks:
                 source.skip(task, learner.schedule.last_epoch)                     # the rows of the steps already taken
         self.started, self.round = time.time() - self.at.seconds, self.at.done
-        total = self.last * self.per_epoch
+        total = self.n_epochs * self.per_epoch
         self.bar = tqdm(total=total, initial=self.at.done, desc=self.what, unit="round", disable=NO_BAR)
         with self.bar, self.interrupts():
             try:
@@ -73,7 +74,7 @@ class Job:
                 raise
 
     def epochs(self):
-        for epoch in range(len(self.at.lines) + 1, self.last + 1):
+        for epoch in range(len(self.at.lines) + 1, self.n_epochs + 1):
             self.scores = {}
             yield epoch
             with self.defer_interrupt():
@@ -130,7 +131,7 @@ class Job:
         self.save()                                                               # first: then the line can be put back
         append_jsonl(self.log, line)
         held = f"held-out acc_norm {acc:.3f}, log_loss {log_loss:.3f}" if scores else "nothing held out"
-        tqdm.write(f"{self.what} epoch {epoch}/{self.last}: loss {line['loss']:.3f}, {held}, {seconds:.0f} s, "
+        tqdm.write(f"{self.what} epoch {epoch}/{self.n_epochs}: loss {line['loss']:.3f}, {held}, {seconds:.0f} s, "
                    f"{line['tokens_per_s']} tokens/s")
 
     def identify(self, rows, weigh):
@@ -140,7 +141,7 @@ class Job:
         facts += [[learner.tasks, learner.rounds, learner.schedule.base_lrs] for learner in self.learners]
         named = f"{getattr(weigh, '__qualname__', type(weigh).__qualname__)} {getattr(weigh, 'floor', '')}"
         weights = [p for base in self.bases for p in base.model.parameters()]      # a folder may hold another model now
-        return digest([self.what, facts, rows, (self.last, self.batch_size, self.seed, named)],
+        return digest([self.what, facts, rows, (self.n_epochs, self.batch_size, self.seed, named)],
                       [*weights, *self.frozen, *(p for learner in self.learners for p in learner.params)])
 
     def load(self):
@@ -243,9 +244,9 @@ class DryRun(Job):
         part = sum(item.length() for held in source.held.values() for item in held)
         yield
         scoring = self.scoring * tokens / part if part else 0.0
-        rounds, seconds = max(learner.rounds for learner in learners) * self.last, sum(self.times[1:]) / 3
-        total = datetime.timedelta(seconds=round(rounds * seconds + self.last * scoring))
-        print(f"{self.what}, dry run: {rounds} rounds of {seconds:.2f} s and {self.last} evaluations of "
+        rounds, seconds = max(learner.rounds for learner in learners) * self.n_epochs, sum(self.times[1:]) / 3
+        total = datetime.timedelta(seconds=round(rounds * seconds + self.n_epochs * scoring))
+        print(f"{self.what}, dry run: {rounds} rounds of {seconds:.2f} s and {self.n_epochs} evaluations of "
               f"{scoring:.1f} s on held-out rows, {total} in all; peak memory "
               f"{peak_memory(self.device) / 2 ** 30:.2f} GiB; nothing was written")
 
