@@ -51,11 +51,11 @@ def adapters_of(run, method, tag, base, final=False):
 
 class Evaluation:
     """One evaluation of a run: its bases, each loaded once; the baselines that are missing; the rows of results.jsonl.
-    rows: evaluation rows; journal: the finished parts of this command."""
+    provenance {tag: provenance}; rows: evaluation rows; journal: the finished parts of this command."""
 
-    def __init__(self, args, run, saved, cfg, rows, journal):
-        self.args, self.run, self.saved, self.cfg, self.rows, self.journal = args, run, saved, cfg, rows, journal
-        self.seen, self.provenance = [b["base"] for b in saved["bases"]], provenances(run)
+    def __init__(self, args, run, saved, cfg, provenance, rows, journal=None):
+        self.args, self.run, self.saved, self.cfg, self.provenance = args, run, saved, cfg, provenance
+        self.rows, self.journal, self.seen = rows, journal, [b["base"] for b in saved["bases"]]
         self.added = {task: how["folder"] for task, how in saved.get("added", {}).items()}
         self.loaded, self.fitted = {}, set()
 
@@ -218,10 +218,10 @@ def write_results(run, tasks):
 
 
 # ---------------------------------------------------------------------------------------------- the command
-def checked(args, run, saved, cfg):
+def checked(args, run, saved, cfg, provenance):
     """Returns the tags to evaluate and the methods. Raises BadInput for a base, method or task that the run does not
     know."""
-    seen, provenance = [b["base"] for b in saved["bases"]], provenances(run)
+    seen = [b["base"] for b in saved["bases"]]
     held = [*seen, *sorted({p["base"] for p in provenance.values()} - set(seen))]
     wanted, methods = [short_name(name) for name in args.bases or held], args.methods or USUAL
     for name in wanted:
@@ -250,19 +250,20 @@ def main(argv=None):
                  overwrite=dict(help="fit the baselines again even if the run holds them"))
     run = find_run(args.run)
     saved, cfg = load_config(run)
-    tags, methods = checked(args, run, saved, cfg)
+    provenance = provenances(run)
+    tags, methods = checked(args, run, saved, cfg, provenance)
     data = load_run_tasks(saved, args.data or pathlib.Path(saved["data"]))
     n = args.show or args.eval_rows
     rows = [row for task in args.tasks or cfg.tasks for row in sum(sample(data[task]["eval"], n, 0), [])]
     if args.show:
-        evaluation = Evaluation(args, run, saved, cfg, rows, None)
+        evaluation = Evaluation(args, run, saved, cfg, provenance, rows)
         for base in map(evaluation.base_of, [tag for tag in tags if "@" not in tag]):  # not a sweep's smaller samples
             show(run, base, evaluation.items(base), evaluation.max_tokens(base))
         return
     lock(run)
-    journal = Journal(run / ".resume" / "eval.json", command_of(args, saved, provenances(run), rows))
+    journal = Journal(run / ".resume" / "eval.json", command_of(args, saved, provenance, rows))
     journal.place(run / "results.jsonl")
-    evaluation = Evaluation(args, run, saved, cfg, rows, journal)
+    evaluation = Evaluation(args, run, saved, cfg, provenance, rows, journal)
     for tag in tags:
         if tag not in journal.done:
             evaluation.evaluate(tag, methods)

@@ -63,12 +63,25 @@ def read_json(path):
         raise BadInput(f"{path}: not readable as JSON ({error})")
 
 
-def read_jsonl(path):
-    """Returns the values of a JSON lines file, [] if there is no such file. Raises BadInput for a malformed line."""
+def each_line(path, use, what):
+    """Calls use(value) for every line of a JSON lines file; BadInput names the file, or the line that is not `what`."""
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    except ValueError as error:
-        raise BadInput(f"{path}: not readable as JSON lines ({error})")
+        lines = path.read_text().splitlines()
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: not readable ({error})")
+    for number, line in enumerate(lines, 1):
+        try:
+            use(json.loads(line))
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadInput(f"{path}:{number}: not {what} ({first_line(error)})")
+
+
+def read_jsonl(path):
+    """Returns the values of a JSON lines file, [] if there is no such file. Raises BadInput: see each_line."""
+    values = []
+    if path.exists():
+        each_line(path, values.append, "JSON")
+    return values
 
 
 def require_same(path, value):

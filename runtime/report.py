@@ -1,10 +1,10 @@
-"""What a run measured: reading JSON lines, drawing plots, naming the hardware and the commit."""
-import contextlib, json, os, pathlib, platform, re, subprocess
+"""What a run measured: reading results, drawing plots, naming the hardware and the commit."""
+import contextlib, os, pathlib, platform, re, subprocess
 
 import numpy as np
 import torch
 
-from runtime.files import ROOT, BadInput, first_line, write_whole
+from runtime.files import ROOT, each_line, write_whole
 
 
 def pack(correct):
@@ -19,19 +19,6 @@ def unpack(text, rows):
     if pack(correct) != text:
         raise ValueError(f"{text!r} is not {rows} rows")
     return correct
-
-
-def each_line(path, use, what):
-    """Calls use(value) for every line of a JSON lines file; BadInput names the file, or the line that is not `what`."""
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: not readable ({error})")
-    for number, line in enumerate(lines, 1):
-        try:
-            use(json.loads(line))
-        except (ValueError, KeyError, TypeError) as error:
-            raise BadInput(f"{path}:{number}: not {what} ({first_line(error)})")
 
 
 def read_results(run):
