@@ -143,6 +143,14 @@ class Item(NamedTuple):
         """Return how many tokens go into the model: all but the last of each continuation, which predicts nothing."""
         return len(self.prompt) + sum(len(tokens) - 1 for tokens in self.continuations)
 
+    def single(self):
+        """Return whether at most one continuation puts tokens behind the prompt."""
+        return sum(len(tokens) > 1 for tokens in self.continuations) <= 1
+
+    def rows(self):
+        """Return the items, with one continuation each unless that is no need, for layers that would mix several."""
+        return [self] if self.single() else [self._replace(continuations=[tokens]) for tokens in self.continuations]
+
 
 def encode(tokenizer, rows, tasks, choices="all", max_length=MAX_LENGTH):
     """Return (items, how many prompts were cut) of rows. `choices`: "all", or "gold" for training.
@@ -204,7 +212,7 @@ def collate(items, device="cpu"):
     ids, positions, segments = np.array(inputs).transpose(2, 0, 1)                   # [R, S] each
     answers = [tokens for item in items for tokens in item.continuations]
     rows, columns = np.array(at).T                                                   # [N] each
-    single = all(sum(len(tokens) > 1 for tokens in item.continuations) <= 1 for item in items)
+    single = all(item.single() for item in items)
     def tensor(values):                                                          # np.array converts nested lists faster
         return to_device(torch.from_numpy(np.ascontiguousarray(values)), device)
     return Batch(items, tensor([item.task for item in items]), tensor(ids), tensor(positions),

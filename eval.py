@@ -38,14 +38,16 @@ def adapters_of(run, method, tag, base, final=False):
         return None
     if method != "portal":
         adapters = load_adapters(saved_at(run, f"baselines/{method}/{tag}.safetensors", final), base.device)
+        shapes = {g: (A.shape[1], A.shape[3], adapters.B[g].shape[2]) for g, A in adapters.A.items()}
+        fits = shapes.items() <= {g: (len(layers), *dims) for g, (_, layers, *dims) in base.groups.items()}.items()
     else:
         ported = read_json(run / "converters" / f"{tag}.json")["ported"]          # a port was made on the selected core
         portal = load_portal(run, final=final and not ported)
         portal.converters[tag] = load_converter(portal.cfg, saved_at(run, f"converters/{tag}.safetensors", final))
         adapters = portal.to(base.device).adapters(tag).map(torch.detach)
-    for m in adapters.A:
-        if (adapters.A[m].shape[1], adapters.A[m].shape[3], adapters.B[m].shape[2]) != (base.layers, *base.dims[m]):
-            raise BadInput(f"{run}: the {method} adapters of {tag} do not fit base {base.name}: other layers or widths")
+        fits = portal.converters[tag].groups == base.groups_of(portal.cfg.modules)
+    if not fits:
+        raise BadInput(f"{run}: the {method} adapters of {tag} do not fit base {base.name}: other layers or widths")
     return adapters
 
 
@@ -228,8 +230,9 @@ def checked(args, run, saved, cfg, provenance):
         if name not in held:
             raise BadInput(f"base {name!r} is not in {run}; it holds {', '.join(held)}; "
                            "python port.py --to NAME adds one")
-    for p in [saved, *(p for p in provenance.values() if p["base"] in {*wanted, *seen})]:
-        if None in (p.get("n", 0), p["seed"], p["data"]):
+    sources = seen if {*methods} - {"base", "portal"} else ()                        # whose LoRAs are carried over
+    for p in (p for p in provenance.values() if p["base"] in {*wanted, *sources}):
+        if None in (p["n"], p["seed"], p["data"]):
             raise BadInput(f"{run}: an artifact does not say which rows it was fitted on, and a LoRA beside it needs "
                            "them; python export.py --artifact with --n, --seed, --data and --overwrite reads it "
                            "again and records them")
@@ -252,7 +255,7 @@ def main(argv=None):
     saved, cfg = load_config(run)
     provenance = provenances(run)
     tags, methods = checked(args, run, saved, cfg, provenance)
-    data = load_run_tasks(saved, args.data or pathlib.Path(saved["data"]))
+    data = load_run_tasks(saved, args.data or pathlib.Path(saved["data"] or provenance[tags[0]]["data"]))
     n = args.show or args.eval_rows
     rows = [row for task in args.tasks or cfg.tasks for row in sum(sample(data[task]["eval"], n, 0), [])]
     if args.show:

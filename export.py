@@ -13,11 +13,12 @@ import dataclasses, json, pathlib
 
 import torch
 from torch.nn.utils import parameters_to_vector
+from transformers.pytorch_utils import Conv1D
 
-from bases import lasting, reload_base, resolve
+from bases import auto_class, lasting, reload_base, resolve
 from data import load_tasks
 from eval import adapters_of
-from runtime.artifact import digest_of, is_artifact, read_artifact, save_artifact
+from runtime.artifact import digest_of, fetch, is_artifact, read_artifact, save_artifact
 from runtime.distributed import RANK, barrier
 from runtime.files import BadInput, read_json, remove, today, write_json, writing
 from runtime.flags import parse, run_main
@@ -27,10 +28,10 @@ from runtime.run_folder import (LOCKS, OUT, find_run, load_config, load_portal, 
 
 MARK = "Exported by PorTAL"  # in every model card: --overwrite replaces only folders that have it
 CARDS = {  # {library: (what the folder holds, the imports that load it, the call)}
-    "peft": ("A LoRA in PEFT's format.", "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM",
+    "peft": ("A LoRA in PEFT's format.", "from peft import PeftModel\nfrom transformers import {auto}",
              'model = PeftModel.from_pretrained({base}, "this folder")'),
-    "transformers": ("A LoRA, merged into its base.", "from transformers import AutoModelForCausalLM",
-                     'model = AutoModelForCausalLM.from_pretrained("this folder")'),
+    "transformers": ("A LoRA, merged into its base.", "from transformers import {auto}",
+                     'model = {auto}.from_pretrained("this folder")'),
     "portallib": ("Task latents, core and one base's converter, in portallib's format.",
                   "from portallib import PortalModel", 'portal = PortalModel.from_pretrained("this folder")')}
 
@@ -52,8 +53,9 @@ def origin(p):
     return p["id"] if p["id"].endswith(".gguf") else resolve(p["id"])[1]
 
 
-def card(run, p, method, tasks, library):
-    """Returns the text of a model card: where the adapters come from, their acc_norm and how they are loaded."""
+def card(run, p, method, tasks, library, auto):
+    """Returns the text of a model card: where the adapters come from, their acc_norm and how they are loaded. auto: the
+    name of the transformers class that loads the base."""
     facts = {"base": origin(p), "revision of the base": p["revision"],
              "seen in training": "no" if p["ported"] else "yes", "method": method, "run": run.resolve().name,
              "training rows a task (n)": p["n"], "seed": p["seed"], "fitted": p["date"]}
@@ -70,7 +72,8 @@ def card(run, p, method, tasks, library):
     _, where, _, gguf = resolve(p["id"])
     options = [f", {key}={value!r}" for key, value in (("revision", p["revision"]), ("gguf_file", gguf)) if value]
     what, imports, use = CARDS[library]
-    use = use.format(base=f"AutoModelForCausalLM.from_pretrained({where!r}{''.join(options)})")
+    imports, use = (text.format(auto=auto, base=f"{auto}.from_pretrained({where!r}{''.join(options)})")
+                    for text in (imports, use))
     return (f"---\nbase_model: {json.dumps(origin(p))}\nlibrary_name: {library}\ntags:\n- lora\n- portal\n---\n\n"
             f"# {', '.join(tasks)} on {p['base']}\n\n{what} {MARK}.\n\n"
             f"| | |\n|---|---|\n{table}\n\n```python\n{imports}\n\n{use}\n```\n")
@@ -87,32 +90,38 @@ def check_free(path, overwrite):
 
 def save_peft(folder, base, p, adapters, t):
     """Writes task t as adapter_config.json and adapter_model.safetensors, with PEFT's names and shapes."""
-    paths = {path: key for key, path in base.paths().items() if key[0] in adapters.A}
-    rank = next(iter(adapters.A.values())).shape[2]
+    factors = base.factors(adapters)                                                 # {path: (A, B)}
+    # The rank that most modules have; a module with several projections fused in it has the sum of their ranks. PEFT's
+    # scale is alpha / r, so that alpha follows r.
+    ranks = {path: A.shape[1] for path, (A, _) in factors.items()}
+    rank = min(ranks.values())
+    wider = {path: r for path, r in ranks.items() if r != rank}
     # PEFT adapts every module whose path ends in a name that it is given. Where short names would reach other modules,
     # too (the q_proj of a vision tower), it is given full paths.
-    names = {path.split(".")[-1] for path in paths}
+    names = {path.split(".")[-1] for path in factors}
     reached = {path for path, _ in base.model.named_modules() if path.split(".")[-1] in names}
-    tensors = {f"base_model.model.{path}.lora_{side}.weight": factors[m][t, layer]    # A [r, d_in], B [d_out, r]
-               for path, (m, layer) in paths.items() for side, factors in zip("AB", adapters)}
+    tensors = {f"base_model.model.{path}.lora_{side}.weight": factor[t]               # A [r, d_in], B [d_out, r]
+               for path, pair in factors.items() for side, factor in zip("AB", pair)}
     save_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
     write_json(folder / "adapter_config.json", dict(
         peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=origin(p), revision=p["revision"],
-        r=rank, lora_alpha=round(adapters.scale * rank),                             # PEFT's scale is alpha / r, too
-        target_modules=sorted(names) if reached == set(paths) else list(paths),
-        lora_dropout=0.0, bias="none", fan_in_fan_out=False, use_rslora=False, use_dora=False, inference_mode=True))
+        r=rank, lora_alpha=round(adapters.scale * rank), rank_pattern=wider,
+        alpha_pattern={path: round(adapters.scale * r) for path, r in wider.items()},
+        target_modules=sorted(names) if reached == set(factors) else list(factors),
+        lora_dropout=0.0, bias="none", use_rslora=False, use_dora=False, inference_mode=True,
+        fan_in_fan_out=any(isinstance(base.linears[path], Conv1D) for path in factors)))
 
 
 @torch.no_grad()
 def save_merged(folder, model, base, adapters, t):
     """Writes the unpatched `model` of `base` with task t in its weights, W + scale B A; `model` itself is unchanged."""
-    tensors, paths = model.state_dict(), {module: path for path, module in model.named_modules()}
-    for m in adapters.A:
-        for layer, linears in enumerate(base.linears):
-            W, A, B = linears[m].weight, adapters.A[m][t, layer], adapters.B[m][t, layer]
-            exact = torch.promote_types(W.dtype, A.dtype)                            # add in float32, then round once
-            delta = adapters.scale * B.to(exact) @ A.to(exact)                       # [d_out, d_in]
-            tensors[f"{paths[linears[m]]}.weight"] = (W.to(exact) + delta).to(W.dtype)
+    tensors = model.state_dict()
+    for path, (A, B) in base.factors(adapters).items():
+        W = base.linears[path].weight                                                # [d_out, d_in]; Conv1D: transposed
+        exact = torch.promote_types(W.dtype, A.dtype)                                # add in float32, then round once
+        delta = adapters.scale * B[t].to(exact) @ A[t].to(exact)                     # [d_out, d_in]
+        delta = delta.T if isinstance(base.linears[path], Conv1D) else delta
+        tensors[f"{path}.weight"] = (W.to(exact) + delta).to(W.dtype)
     model.save_pretrained(folder, state_dict=tensors)
     base.tokenizer.save_pretrained(folder)
 
@@ -158,12 +167,13 @@ def import_artifact(artifact, run, ported=False, n=None, seed=None, data=None, o
     print(f"{name}: read from {artifact} into {run}")
 
 
-def run_of(folder):
-    """Returns the run out/<name> that holds the portallib artifact in `folder`, reading it first if need be, or
-    `folder` if that is no artifact. Raises BadInput."""
+def run_of(spec):
+    """Returns the run out/<name> that holds the portallib artifact `spec`, a folder or a hub id, reading it first if
+    need be, or `spec` if that is no artifact. Raises BadInput."""
+    folder = fetch(spec)
     if not is_artifact(folder):
-        return folder
-    run = OUT / folder.resolve().name
+        return spec
+    run = OUT / (spec if folder is not spec else folder.resolve()).name.partition("@")[0]
     if run.resolve() == folder.resolve():                                            # an artifact in out/
         run = run.with_name(f"{run.name}-run")
     held = provenances(run).values() if (run / "portal.json").exists() else ()
@@ -204,7 +214,7 @@ def parse_flags(argv):
 def main(argv=None):
     args = parse_flags(argv)
     if args.artifact:
-        return import_artifact(args.artifact, args.run, args.ported, args.n, args.seed, args.data, args.overwrite)
+        return import_artifact(fetch(args.artifact), args.run, args.ported, args.n, args.seed, args.data, args.overwrite)
     run = find_run(args.run)
     _, cfg = load_config(run)
     if args.portallib and cfg.norm != "none":
@@ -226,6 +236,7 @@ def main(argv=None):
         if args.task in (task, "all"):
             raise BadInput(f"{run}: its {args.method} adapters of {tag} are older than its task {task!r}; "
                            f"python eval.py --bases {p['base']} makes them again")
+    auto = auto_class(base.model.config).__name__
     model = base.unpatch() if args.merge else None
     library = "portallib" if args.portallib else "transformers" if args.merge else "peft"
     for folder, tasks in folders.items():
@@ -236,7 +247,7 @@ def main(argv=None):
                 save_merged(new, model, base, adapters, cfg.tasks.index(tasks[0]))
             else:
                 save_peft(new, base, p, adapters, cfg.tasks.index(tasks[0]))
-            (new / "README.md").write_text(card(run, p, args.method, tasks, library))
+            (new / "README.md").write_text(card(run, p, args.method, tasks, library, auto))
         print(f"written: {folder}")
 
 

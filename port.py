@@ -15,9 +15,10 @@ from tqdm import tqdm
 
 from bases import TOY_UNSEEN, load_base, reload_base, short_names
 from data import MAX_LENGTH, load_run_tasks, sample
-from portal import Converter, same_depth
+from frozen import same_depths
+from portal import Converter, layers_of
 from runtime.distributed import NO_BAR
-from runtime.files import BadInput, read_json, remove, today, write_json
+from runtime.files import ROOT, BadInput, read_json, remove, today, write_json
 from runtime.flags import commas, parse, positive, run_main
 from runtime.job import DryRun, Job
 from runtime.resume import Journal, command_of, forget
@@ -30,14 +31,13 @@ ALIGN = 1000  # texts for `align`, in equal parts of all tasks
 # ---------------------------------------------------------------------------------------------- P_in at the start
 @torch.no_grad()
 def layer_inputs(base, text, modules):
-    """Returns what the projections of `base` read at the S tokens of a text, {(m, layer): [S, d_in]}, and {position
-    of a character: the token that ends there}."""
+    """Returns what the sites of `base` read at the S tokens of a text, {(m, layer): [S, d_in]}, and {position of a
+    character: the token that ends there}."""
     tokens = base.tokenizer(text, return_offsets_mapping=True, truncation=True, max_length=MAX_LENGTH)
     found = {}
     def record(key):
         return lambda linear, args, y: found.update({key: args[0][0].to(base.device)})
-    hooks = [row[m].register_forward_hook(record((m, layer)))
-             for layer, row in enumerate(base.linears) for m in modules]
+    hooks = [site.linear.register_forward_hook(record(key)) for key, site in base.sites.items() if key[0] in modules]
     base.model.get_decoder()(input_ids=torch.tensor([tokens.input_ids], device=base.device), use_cache=False)
     for hook in hooks:
         hook.remove()
@@ -49,28 +49,27 @@ def align(converter, base, like, source, texts):
     """Sets P_in by ridge regression towards the inputs of the core on `source`, a base it was trained on; `like` is the
     source's converter. Not in the write-up. It uses prompts but no answers.
 
-    min over P_in of  sum |P_in x - P_in' x'|^2 + lambda |P_in|^2,  in float64, for each module kind: x is what a
+    min over P_in of  sum |P_in x - P_in' x'|^2 + lambda |P_in|^2,  in float64, for each group of sites: x is what a
     layer of `base` reads at a token of a text, x' what the source's layer of the same relative depth reads at the
     token that ends at the same character. Tokenizers cut texts differently, but most words end at a token's end in
     both.
     """
-    modules = list(converter.P_in)
-    XX, XY = dict.fromkeys(modules, 0), dict.fromkeys(modules, 0)
-    source_P = {m: like.P_in[m].double() for m in modules}                           # [d_c, d_in of the source]
+    modules = {group.kind for group in converter.groups.values()}
+    XX, XY = dict.fromkeys(converter.P_in, 0), dict.fromkeys(converter.P_in, 0)
+    source_P = {g: P.double() for g, P in like.P_in.items()}                         # [d_c, d_in of the source]
     what = f"aligning {base.name} with {source.name}"
     for text in tqdm(texts, desc=what, unit="text", delay=2, leave=False, disable=NO_BAR):
         (x, ends), (source_x, source_ends) = layer_inputs(base, text, modules), layer_inputs(source, text, modules)
         shared = sorted(ends.keys() & source_ends.keys())
         at, source_at = [ends[c] for c in shared], [source_ends[c] for c in shared]
         for m in modules:
-            for layer in range(base.layers):
-                source_layer = same_depth(layer, base.layers, source.layers)
+            for (layer, g, _), (source_layer, source_g, _) in same_depths(base, source, m):
                 X = x[m, layer][at].double()                                         # [S, d_in]
-                Y = source_x[m, source_layer][source_at].double() @ source_P[m].T            # [S, d_c]
-                XX[m], XY[m] = XX[m] + X.T @ X, XY[m] + X.T @ Y
-    for m, P_in in converter.P_in.items():
-        ridge = 1e-2 * XX[m].diagonal().mean() * torch.eye(len(XX[m]), dtype=torch.float64, device=base.device)
-        P_in.copy_(torch.linalg.solve(XX[m] + ridge, XY[m]).T)                       # [d_c, d_in]
+                Y = source_x[m, source_layer][source_at].double() @ source_P[source_g].T     # [S, d_c]
+                XX[g], XY[g] = XX[g] + X.T @ X, XY[g] + X.T @ Y
+    for g, P_in in converter.P_in.items():
+        ridge = 1e-2 * XX[g].diagonal().mean() * torch.eye(len(XX[g]), dtype=torch.float64, device=base.device)
+        P_in.copy_(torch.linalg.solve(XX[g] + ridge, XY[g]).T)                       # [d_c, d_in]
 
 
 # ---------------------------------------------------------------------------------------------- one port
@@ -93,10 +92,12 @@ def port(job, portal, base, rows, settings, how=Change(), source=None):
     frozen = [p.requires_grad_(False) for p in (portal.z, *portal.core.parameters())]
     before = [p.clone() for p in frozen]
     # The source base that is nearest in number of layers; none if all of the run's converters were read as ported.
-    near = min(portal.converters, key=lambda name: abs(len(portal.converters[name].e) - base.layers), default=None)
+    groups = base.groups_of(portal.cfg.modules)
+    near = min(portal.converters, default=None,
+               key=lambda name: abs(len(portal.converters[name].e) - len(layers_of(groups))))
     like = portal.converters.get(near)
     torch.manual_seed(job.seed)
-    converter = Converter(portal.cfg, base.layers, base.dims, like, port=True).to(base.device)
+    converter = Converter(portal.cfg, groups, like, port=True).to(base.device)
     how.change(converter)
     portal.converters = {base.name: converter}
     if source:
@@ -162,10 +163,9 @@ def main(argv=None, how=Change()):
         raise BadInput("--to is needed: the base to port to (an alias, a hub id, a folder or a .gguf file)")
     journal = Journal(run / ".resume" / "port.json", command_of(args, saved))
     jobs = fits_to_do(run, args, journal)
-    seed, folder = saved["seed"] if args.seed is None else args.seed, args.data or saved["data"]
-    if seed is None or folder is None:
-        raise BadInput(f"--seed and --data are needed: {run} was read from an artifact, which does not say them")
-    folder = pathlib.Path(folder)
+    # A run that was read from an artifact does not know its seed and data: train.py's defaults then.
+    seed = next(seed for seed in (args.seed, saved["seed"], 0) if seed is not None)
+    folder = pathlib.Path(args.data or saved["data"] or ROOT / "data")
     data = load_run_tasks(saved, folder)
     @functools.cache
     def source(name):

@@ -2,11 +2,14 @@
 
     h     = act(W2 [ (1 + gamma(z_t)) * act(W1 [z_t ; e_l]) + beta(z_t) ])       FiLM trunk
     A_hat = Head_A_m(h)   [r, d_c]        B_hat = Head_B_m(h)   [d_c, r]         a pair of heads for each module kind m
-    A     = A_hat @ P_in  [r, d_in]       B     = P_out @ B_hat [d_out, r]       aligner, a pair for each module kind
+    A     = A_hat @ P_in  [r, d_in]       B     = P_out @ B_hat [d_out, r]       aligner, a pair for each group of sites
     y     = W x + (alpha / r) B (A x)                                            an ordinary LoRA
 
     z_t, W1, W2, gamma, beta, heads   belong to no base: learned once, then frozen     (latents, Core)
     e_l, P_in, P_out                  belong to one base: refitted at every port       (Converter)
+
+A site is a place in a base that takes such a LoRA: a module kind in a layer. Sites of one kind and one shape form a
+group; a base whose layers are all alike has one group for each module kind.
 
 This generator and a per-task LoRA both yield `Adapters`. Training, evaluation and export take Adapters and know nothing
 else. Method: Geist, "PorTAL: Portable Task Adapters for LLMs", 2026.
@@ -21,15 +24,23 @@ from torch import nn
 MODULES = ("q", "k", "v", "o", "gate", "up", "down")  # the seven projections of a decoder layer: q_proj, ...
 
 
+class Group(NamedTuple):
+    """Sites of one module kind and one shape, one in each of `layers`."""
+    kind: str                                                                        # one of MODULES
+    layers: tuple                                                                    # L_g numbers of decoder layers
+    d_in: int
+    d_out: int
+
+
 class Adapters(NamedTuple):
-    """LoRA factors of T tasks on all L layers of one base."""
-    A: dict                                                                          # {m: [T, L, r, d_in]}
-    B: dict                                                                          # {m: [T, L, d_out, r]}
+    """LoRA factors of T tasks for the groups g of one base, each with its L_g sites in the order of their layers."""
+    A: dict                                                                          # {g: [T, L_g, r, d_in]}
+    B: dict                                                                          # {g: [T, L_g, d_out, r]}
     scale: float                                                                     # alpha / r
 
     def map(self, f):
         """Returns the adapters with f applied to every tensor."""
-        return Adapters({m: f(a) for m, a in self.A.items()}, {m: f(b) for m, b in self.B.items()}, self.scale)
+        return Adapters({g: f(a) for g, a in self.A.items()}, {g: f(b) for g, b in self.B.items()}, self.scale)
 
     def tensors(self):
         return [*self.A.values(), *self.B.values()]
@@ -88,24 +99,55 @@ class Core(nn.Module):
 
 # ---------------------------------------------------------------------------------------------- belongs to one base
 class Converter(nn.Module):
-    """Layer embeddings e and the aligner P_in, P_out of one base with `layers` layers and `dims` {m: (d_in, d_out)}.
+    """Layer embeddings e and the aligner P_in, P_out of one base with the sites `groups` {g: Group}: one e for each of
+    the L layers that have a site, one P_in and P_out for each group.
 
     port: the core is already trained and its B-heads are no longer zero. P_out starts at zero instead, so that a port,
     too, starts at the identity. like: the converter of a base that the core was trained on; e starts as its layer
     embeddings at the same relative depth. The core was trained on no others, and a few hundred steps move random ones
     (the write-up's start) little."""
 
-    def __init__(self, cfg, layers, dims, like=None, port=False):
+    def __init__(self, cfg, groups, like=None, port=False):
         super().__init__()
-        self.e = nn.Parameter(torch.randn(layers, cfg.d_e) if like is None else
-                              torch.stack([like.e.detach()[same_depth(l, layers, len(like.e))] for l in range(layers)]))
-        self.P_in = nn.ParameterDict({m: 0.02 * torch.randn(cfg.d_c, dims[m][0]) for m in cfg.modules})
-        std = 0 if port else 0.02
-        self.P_out = nn.ParameterDict({m: std * torch.randn(dims[m][1], cfg.d_c) for m in cfg.modules})
+        layers = layers_of(groups)
+        L, std = len(layers), 0 if port else 0.02
+        self.e = nn.Parameter(torch.randn(L, cfg.d_e) if like is None else
+                              torch.stack([like.e.detach()[same_depth(l, L, len(like.e))] for l in range(L)]))
+        self.P_in = nn.ParameterDict({g: 0.02 * torch.randn(cfg.d_c, group.d_in) for g, group in groups.items()})
+        self.P_out = nn.ParameterDict({g: std * torch.randn(group.d_out, cfg.d_c) for g, group in groups.items()})
+        self.groups = groups
+        for g, group in groups.items():                                              # its layers' rows of e  [L_g]
+            rows = None if len(group.layers) == L else torch.tensor([layers.index(layer) for layer in group.layers])
+            self.register_buffer(f"rows_{g}", rows, persistent=False)
+
+    def forward(self, core, z):
+        """Returns A {g: [T, L_g, r, d_in]} and B {g: [T, L_g, d_out, r]} for z [T, d_z]."""
+        def of_layers(x, g):                                                         # [T, L, ...] -> [T, L_g, ...]
+            rows = getattr(self, f"rows_{g}")
+            return x if rows is None else x[:, rows]
+        A_hat, B_hat = core(z, self.e)
+        return ({g: of_layers(A_hat[group.kind], g) @ self.P_in[g] for g, group in self.groups.items()},
+                {g: self.P_out[g] @ of_layers(B_hat[group.kind], g) for g, group in self.groups.items()})
+
+
+def group_sites(sites):
+    """Returns {g: Group} of the sites {(m, layer): (d_in, d_out)} of a base. A group is named after its kind, and after
+    its shape, too, where the base has that kind in several."""
+    shapes = {}                                                                      # {m: {(d_in, d_out): [layers]}}
+    for (m, layer), shape in sites.items():
+        shapes.setdefault(m, {}).setdefault(shape, []).append(layer)
+    return {m if len(own) == 1 else f"{m}_{d_in}x{d_out}": Group(m, tuple(sorted(layers)), d_in, d_out)
+            for m, own in shapes.items() for (d_in, d_out), layers in own.items()}
+
+
+def layers_of(groups):
+    """Returns the layers that have a site of any of `groups` {g: Group}, in order."""
+    return sorted({layer for group in groups.values() for layer in group.layers})
 
 
 def same_depth(l, layers, source_layers):
-    """Returns the layer, of `source_layers`, at the relative depth of layer l of `layers`."""
+    """Returns which of `source_layers` layers has the relative depth of layer l of `layers`; layers without a site do
+    not count."""
     return round(l * (source_layers - 1) / max(1, layers - 1))
 
 
@@ -120,11 +162,7 @@ class Portal:
 
     def adapters(self, base):
         """Returns the generated Adapters of every task for one base, attached to the autograd graph."""
-        converter = self.converters[base]
-        A_hat, B_hat = self.core(self.z, converter.e)
-        return Adapters({m: A_hat[m] @ converter.P_in[m] for m in self.cfg.modules},   # [T, L, r, d_in]
-                        {m: converter.P_out[m] @ B_hat[m] for m in self.cfg.modules},  # [T, L, d_out, r]
-                        self.cfg.alpha / self.cfg.rank)
+        return Adapters(*self.converters[base](self.core, self.z), self.cfg.alpha / self.cfg.rank)
 
     def to(self, device):
         self.z.data = self.z.data.to(device)

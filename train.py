@@ -13,7 +13,8 @@ import importlib, shutil
 import torch, transformers
 import torch.nn.functional as F
 
-from bases import TOY_SEEN, TOY_UNSEEN, load_base, short_names
+from bases import TOY as TOY_BASES
+from bases import TOY_SEEN, load_base, short_names
 from data import Rounds, collate, load_tasks, micro_batches, sample, to_device
 from portal import MODULES, Config, Converter, Portal
 from runtime.distributed import RANK, all_sum, shard
@@ -37,7 +38,7 @@ TOY = dict(n=1000, epochs=4, batch_size=8, lr=1e-3, least=28, max_tokens=4096,
 
 def preset(names):
     """The preset, TOY or REAL, for bases of these short names."""
-    return TOY if set(names) <= {*TOY_SEEN, *TOY_UNSEEN} else REAL
+    return TOY if set(names) <= TOY_BASES.keys() else REAL
 
 
 def resolve_settings(args, default):
@@ -259,7 +260,7 @@ def main(argv=None, sizes={}, change=lambda portal: None, weigh=None, step=one_r
     torch.manual_seed(seed)
     portal = Portal(cfg)
     for base in bases:
-        portal.converters[base.name] = Converter(cfg, base.layers, base.dims)
+        portal.converters[base.name] = Converter(cfg, base.groups_of(cfg.modules))
     change(portal)
     portal.to(args.device)
     learner = portal_learner(portal, rows, settings)

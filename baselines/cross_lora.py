@@ -10,7 +10,8 @@ which aligns the subspaces direction by direction: the i-th direction of the sou
   order   by singular value, largest first;
   signs   (u_i, v_i) and (-u_i, -v_i) are the same direction of W; the one whose entries have the larger sum of cubes
           (u_i and v_i together) is taken, on both sides: a rule that needs no common coordinates;
-  layers  target layer l takes the source layer at the same relative depth, round(l (L_s - 1) / (L_t - 1)).
+  layers  target layer l takes the source layer at the same relative depth, round(l (L_s - 1) / (L_t - 1)); counted
+          are the layers that have a projection of that kind.
 
 Controls: `copy` uses the source's A and B as they are, cut or zero-padded where the shapes differ; `random` is a
 random delta of the source delta's Frobenius norm. None of the three has epochs: "best" and "final" are equal. A delta
@@ -22,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from portal import Adapters, same_depth
+from frozen import same_depths
+from portal import Adapters
 from runtime.distributed import NO_BAR, barrier
 from runtime.files import read_json, write_json
 from runtime.run_folder import load_adapters, save_adapters
@@ -67,12 +69,16 @@ def delta_norm(A, B):
 
 def transfer(method, adapters, source, target):
     """The source base's Adapters, layer by layer through `method`, as Adapters of the target base."""
-    A, B = {}, {}
-    for m in tqdm(adapters.A, desc=f"transfer to {target.name}", delay=2, leave=False, disable=NO_BAR):
-        pairs = [method(adapters.A[m][:, s], adapters.B[m][:, s], source.weight(m, s), target.weight(m, l))
-                 for l in range(target.layers) for s in [same_depth(l, target.layers, source.layers)]]
-        A[m], B[m] = (torch.stack(side, 1).contiguous() for side in zip(*pairs))     # [T, L, ...]
-    return Adapters(A, B, adapters.scale)
+    A, B = {}, {}                                                                    # {g: [[T, ...]] a layer}
+    for m in tqdm(dict.fromkeys(source.groups[g].kind for g in adapters.A), desc=f"transfer to {target.name}", delay=2,
+                  leave=False, disable=NO_BAR):
+        for (l, g, _), (s, source_g, k) in same_depths(target, source, m):
+            a, b = (factors[source_g][:, k] for factors in (adapters.A, adapters.B))
+            a, b = method(a, b, source.weight(m, s), target.weight(m, l))
+            A.setdefault(g, []).append(a)
+            B.setdefault(g, []).append(b)
+    return Adapters(*({g: torch.stack(layers, 1).contiguous() for g, layers in side.items()} for side in (A, B)),
+                    adapters.scale)
 
 
 def transfer_all(run, tag, target, source, seed, held, max_tokens):

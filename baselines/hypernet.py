@@ -15,7 +15,7 @@ def fit_hypernet(run, base, rows, provenance, settings, cfg):
     """Fits it on `rows` {task: (train, held out)} with a run's Config and saves it as baselines/hypernet/<tag>."""
     torch.manual_seed(provenance["seed"])
     portal = Portal(dataclasses.replace(cfg, tasks=list(rows)))
-    portal.converters[base.name] = Converter(cfg, base.layers, base.dims)
+    portal.converters[base.name] = Converter(cfg, base.groups_of(cfg.modules))
     portal.to(base.device)
     learner = portal_learner(portal, rows, settings)
     fit_baseline(run, "hypernet", base, rows, provenance, settings, portal.adapters, [learner])

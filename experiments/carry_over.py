@@ -122,11 +122,12 @@ class CarryOver:
 
         torch.manual_seed(self.seed)
         portal = Portal(Config(tasks=tasks_of(T, self.seed), **SETTINGS["sizes"]))
-        trained = portal.converters = {base.name: Converter(portal.cfg, base.layers, base.dims) for base in sources}
+        trained = portal.converters = {base.name: Converter(portal.cfg, base.groups_of(portal.cfg.modules))
+                                       for base in sources}
         learn("train", sources, decay)
         frozen = [p.requires_grad_(False) for p in (portal.z, *portal.core.parameters())]
         torch.manual_seed(self.seed)
-        converter = Converter(portal.cfg, target.layers, target.dims, trained[grid.SOURCES[-1]], port=True)
+        converter = Converter(portal.cfg, target.groups_of(portal.cfg.modules), trained[grid.SOURCES[-1]], port=True)
         portal.converters = {target.name: converter}
         learn("port", [target], frozen=frozen)
         portal.converters = {**trained, target.name: converter}

@@ -75,7 +75,7 @@ def train_ours(work, base, tasks, recompute=False):
     if recompute:
         base.recompute_layers()
     items, portal, ema = {base.name: gold_items(base.tokenizer, tasks)}, Portal(config(base, tasks)), EMA()
-    portal.converters[base.name] = Converter(portal.cfg, base.layers, base.dims)
+    portal.converters[base.name] = Converter(portal.cfg, base.groups_of(portal.cfg.modules))
     learner = portal_learner(portal.to(work.device), {task: (rows, []) for task, rows in tasks.items()},
                              dict(epochs=ROUNDS, batch_size=ROWS, lr=1e-3, least=1))
     return work.timed(lambda: one_round([base], portal.adapters, [learner], items, work.max_tokens, ema))

@@ -36,8 +36,8 @@ MEASURED = dict(port="--epochs 6 --lr 3e-3", lora="--epochs 2 --lr 3e-3", lora_i
 
 
 def dims_of(adapters):
-    """{m: (layers, rank, d_in, d_out)} of saved adapters."""
-    return {m: (*a.shape[1:], adapters.B[m].shape[2]) for m, a in adapters.A.items()}
+    """{group: (layers, rank, d_in, d_out)} of saved adapters."""
+    return {g: (*a.shape[1:], adapters.B[g].shape[2]) for g, a in adapters.A.items()}
 
 
 def flops(tokens, rounds, dims, own, generator=0):
@@ -54,8 +54,8 @@ def generator_flops(cfg, layers, own):
     """FLOPs of the generator in a round of a port: T * layers adapters forward and backward; the frozen core (trunk and
     heads) without weight gradients, the aligner with them."""
     core = cfg.hidden * (cfg.d_z + cfg.d_e) + cfg.hidden ** 2 + len(cfg.modules) * 2 * cfg.hidden * cfg.rank * cfg.d_c
-    aligner = sum(cfg.rank * cfg.d_c * (d_in + d_out) for _, _, d_in, d_out in own.values())
-    return len(cfg.tasks) * layers * (4 * core + 6 * aligner)
+    aligner = sum(own_layers * cfg.rank * cfg.d_c * (d_in + d_out) for own_layers, _, d_in, d_out in own.values())
+    return len(cfg.tasks) * (4 * layers * core + 6 * aligner)
 
 
 def last_fit(log, what):
@@ -72,7 +72,7 @@ def count(run, variant, parameters, costs, every):
         if not p["ported"]:
             continue
         made = load_converter(cfg, run / "converters" / f"{tag}.safetensors")
-        own = {m: (len(made.e), cfg.rank, made.P_in[m].shape[1], made.P_out[m].shape[0]) for m in cfg.modules}
+        own = {g: (len(layers), cfg.rank, d_in, d_out) for g, (_, layers, d_in, d_out) in made.groups.items()}
         fits = {f"portal {variant}".strip(): ("port", own, made.parameters(), generator_flops(cfg, len(made.e), own))}
         for method in ("lora", "lora_iso"):
             if (saved := run / "baselines" / method / f"{tag}.safetensors").exists():

@@ -2,12 +2,13 @@
 
 Its tensors are the latents, the core and that base's converter of a Portal with norm="none", under other names.
 """
-import hashlib
+import collections, hashlib, pathlib, re
 
-import safetensors
+import huggingface_hub, safetensors
+import torch
 
-from portal import MODULES, Config, Converter, Portal
-from runtime.files import BadInput, read_json, write_json
+from portal import MODULES, Config, Converter, Portal, group_sites, layers_of
+from runtime.files import BadInput, first_line, read_json, write_json
 from runtime.run_folder import load_tensors, plain, save_tensors
 
 FORMAT = {"format_version": 1, "library_name": "portallib", "architecture": "canonical", "task_type": "CAUSAL_LM"}
@@ -16,6 +17,19 @@ SIZES = {"rank": "rank", "alpha": "alpha", "d_z": "d_z", "d_e": "d_layer", "hidd
 NAMES = {"z": "task_latents", "W1": "core.l1", "W2": "core.l2", "film": "core.film", "head_A": "core.A",
          "head_B": "core.B", "e": "alignment.layer_embeddings.weight", "P_in": "alignment.input",
          "P_out": "alignment.output"}
+
+
+def fetch(spec):
+    """Returns the folder of an artifact: `spec`, a path, or where the hub's org/name[@revision] was downloaded to. Raises
+    BadInput if it cannot be."""
+    hub = re.fullmatch(r"(\w[\w.-]*/[\w.-]+)(?:@([\w./-]+))?", str(spec))
+    if spec.exists() or spec.parent.exists() or not hub:
+        return spec
+    try:
+        return pathlib.Path(huggingface_hub.snapshot_download(
+            hub[1], revision=hub[2], allow_patterns=["config.json", "model.safetensors"]))
+    except Exception as error:                                                       # of the network, or the hub's answer
+        raise BadInput(f"{spec} is no folder, and could not be loaded from the hub: {first_line(error)}")
 
 
 def is_artifact(folder):
@@ -34,16 +48,18 @@ def digest_of(folder):
         raise BadInput(f"{folder}: not an artifact ({error.strerror}: model.safetensors)")
 
 
-def tensors_of(portal, base, groups):
-    """Returns {artifact's name: tensor} of latents, core and the converter of `base`, as views of the parameters.
-    groups: {m: (input, output, ...)}, the names under which the artifact keeps P_in and P_out of module kind m."""
-    found = {}
-    for name, view in {"z": portal.z.data, **portal.core.state_dict(), **portal.converters[base].state_dict()}.items():
-        first, *rest = name.split(".")                                               # head_A.q.weight: core.A.q.weight
-        if first in ("P_in", "P_out"):
-            rest = [groups[rest[0]][first == "P_out"]]
-        found[".".join([NAMES[first], *rest])] = view
-    return found
+def state_of(portal, base):
+    """Returns {name: view of the parameter} of latents, core and the converter of `base`."""
+    return {"z": portal.z.data, **portal.core.state_dict(), **portal.converters[base].state_dict()}
+
+
+def name_of(name, groups):
+    """Returns an artifact's name for the tensor `name` of state_of: core.A.q.weight for head_A.q.weight.
+    groups: {g: (input, output, ...)}, its names for P_in and P_out of group g; several groups may share one."""
+    first, *rest = name.split(".")
+    if first in ("P_in", "P_out"):
+        rest = [groups[rest[0]][first == "P_out"]]
+    return ".".join([NAMES[first], *rest])
 
 
 def require(condition, why):
@@ -52,28 +68,36 @@ def require(condition, why):
 
 
 def check_config(config, metadata):
-    """Returns (Config, {module kind: [input group, output group, d_in, d_out]}). metadata: of model.safetensors.
+    """Returns (Config, {g: Group}, {g: (input group, output group)}). metadata: of model.safetensors.
     Raises KeyError, TypeError or ValueError if this is no artifact, or none that a Portal can hold."""
     for name, found, wanted in (("model.safetensors", metadata, METADATA), ("config.json", FORMAT | config, FORMAT)):
         for key, value in wanted.items():
             require(found.get(key) == value, f"{name}: {key} {value!r} is accepted, not {found.get(key)!r}")
-    keys = ("module_name", "layer_index", "input_group", "output_group", "in_features", "out_features")
-    targets = [[target[key] for key in keys] for target in config["projection_targets"]]
-    kinds = {m: alike for m, _, *alike in targets}
-    layers, dims = config["n_layers"], sum((alike[2:] for alike in kinds.values()), [])
-    cfg = Config(tasks=list(config["tasks"]), modules=list(kinds), norm="none",
+    keys = ("module_name", "layer_index", "in_features", "out_features", "input_group", "output_group")
+    targets = sorted([target[key] for key in keys] for target in config["projection_targets"])
+    fullest = collections.Counter(layer for _, layer, *_ in targets)                 # a layer may lack some of the kinds
+    kinds = list(dict.fromkeys(target["module_name"] for target in sorted(
+        config["projection_targets"], key=lambda target: -fullest[target["layer_index"]])))
+    cfg = Config(tasks=list(config["tasks"]), modules=kinds, norm="none",
                  **{ours: config[theirs] for ours, theirs in SIZES.items()})
-    sizes = [layers, *dims, *(config[key] for key in SIZES.values())]
+    sizes = [config["n_layers"], *(config[key] for key in SIZES.values()), *(size for t in targets for size in t[2:4])]
     require(all(isinstance(size, int) and size > 0 for size in sizes), "sizes are whole numbers above 0")
-    require(kinds.keys() <= set(MODULES) and cfg.tasks and len(set(cfg.tasks)) == len(cfg.tasks),
+    require(set(kinds) <= set(MODULES) and cfg.tasks and len(set(cfg.tasks)) == len(cfg.tasks),
             "modules and tasks have names, none twice")
     for task in cfg.tasks:
         require(plain(task), f"task {task!r} cannot be the name of a folder")
-    require(sorted(targets) == sorted([m, layer, *alike] for m, alike in kinds.items() for layer in range(layers)),
-            "it adapts only some layers, or layers of different shapes, which is not supported")
-    require(all(len({alike[side] for alike in kinds.values()}) == len(kinds) for side in (0, 1)),
-            "two of its modules share an alignment group, which portallib does not accept either")
-    return cfg, kinds
+    sites = {(m, layer): (d_in, d_out) for m, layer, d_in, d_out, *_ in targets}
+    require(targets and len(sites) == len(targets) and all(layer in range(config["n_layers"]) for _, layer in sites),
+            "it adapts nothing, a projection twice, or a layer that is not there")
+    groups, names = group_sites(dict(sorted(sites.items(), key=lambda site: kinds.index(site[0][0])))), {}
+    for m, layer, d_in, d_out, *own in targets:
+        g = next(g for g, group in groups.items() if group[::2] == (m, d_in) and group.d_out == d_out)
+        require(names.setdefault(g, own) == own, f"sites of {m} of one shape belong to different alignment groups")
+    for side in (0, 1):
+        users = {(names[g][side], group.kind, group[2 + side]) for g, group in groups.items()}
+        require(len(users) == len({name for name, *_ in users}),
+                "two of its modules share an alignment group, which portallib does not accept either")
+    return cfg, groups, names
 
 
 def read_artifact(folder):
@@ -83,28 +107,53 @@ def read_artifact(folder):
     with safetensors.safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
     try:
-        cfg, kinds = check_config(config, metadata)
+        cfg, groups, names = check_config(config, metadata)
         portal, base = Portal(cfg), str(config["base_model_name_or_path"])
-        portal.converters[base] = Converter(cfg, config["n_layers"], {m: dims for m, (_, _, *dims) in kinds.items()})
-        views = tensors_of(portal, base, kinds)
-        require({k: v.shape for k, v in weights.items()} == {k: v.shape for k, v in views.items()},
+        portal.converters[base] = Converter(cfg, groups)
+        state = state_of(portal, base)
+        shapes = {name_of(name, names): tuple(view.shape) for name, view in state.items()}
+        shapes[NAMES["e"]] = config["n_layers"], cfg.d_e                             # of layers without a site, too
+        require({name: tuple(tensor.shape) for name, tensor in weights.items()} == shapes,
                 "the tensors of model.safetensors are not those of its config.json")
     except (KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{folder}: config.json or model.safetensors is not an artifact's that a run can hold ({error})")
-    for name, view in views.items():
-        view.copy_(weights[name])
+    weights[NAMES["e"]] = weights[NAMES["e"]][layers_of(groups)]
+    for name, view in state.items():
+        view.copy_(weights[name_of(name, names)])
     return config, portal
+
+
+def alignment_groups(converter, groups):
+    """Returns {g: (input group, output group)}, portallib's names: the kind where all of its sites have one width, else
+    the kind and the width. Groups whose tensors differ cannot share one and keep their own name."""
+    names = {g: [] for g in groups}
+    for side, P, dim in (("in", converter.P_in, 2), ("out", converter.P_out, 3)):
+        for g, group in groups.items():
+            alike = [other for other in groups if groups[other].kind == group.kind]
+            same = [other for other in alike if groups[other][dim] == group[dim]]
+            shared = group.kind if same == alike else f"{group.kind}__{side}_{group[dim]}"
+            names[g].append(shared if all(torch.equal(P[g], P[other]) for other in same) else g)
+    return names
 
 
 def save_artifact(folder, portal, tag, base, origin, revision):
     """Writes latents, core and converter `tag` as an artifact. base: the loaded Base, for the paths of its modules;
-    origin, revision: its hub id or folder, and the hub's revision or None."""
-    cfg, paths = portal.cfg, base.paths()                                            # model.layers.0.self_attn.q_proj
-    targets = [dict(layer_index=layer, module_name=m, module_path=paths[m, layer].rpartition(f".{layer}.")[2],
-                    in_features=base.dims[m][0], out_features=base.dims[m][1], input_group=m, output_group=m)
-               for layer in range(base.layers) for m in cfg.modules]
+    origin, revision: its hub id or folder, and the hub's revision or None. Raises BadInput for fused projections."""
+    cfg, converter, state = portal.cfg, portal.converters[tag], state_of(portal, tag)
+    groups = base.groups_of(cfg.modules)
+    names, layers = alignment_groups(converter, groups), layers_of(groups)
+    sites = {(m, layer): base.sites[m, layer] for layer in layers for m in cfg.modules if (m, layer) in base.sites}
+    if fused := [site.path for site in sites.values() if site.rows is not None]:
+        raise BadInput(f"{tag}: {fused[0]} has several projections fused in it, which a portallib artifact cannot say")
+    group_of = {(group.kind, layer): g for g, group in groups.items() for layer in group.layers}
+    paths = [site.path.partition(f".{layer}.")[::2] for (_, layer), site in sites.items()]  # model.layers, attn.q_proj
+    targets = [dict(layer_index=layer, module_name=m, module_path=path, in_features=groups[g].d_in,
+                    out_features=groups[g].d_out, input_group=names[g][0], output_group=names[g][1])
+               for (m, layer), (_, path) in zip(sites, paths) for g in [group_of[m, layer]]]
+    tensors = {name_of(name, names): view for name, view in state.items()}
+    tensors[NAMES["e"]] = torch.zeros(len(base.blocks), cfg.d_e).index_copy(0, torch.tensor(layers), state["e"])
     write_json(folder / "config.json", {
         **FORMAT, **{theirs: getattr(cfg, ours) for ours, theirs in SIZES.items()}, "tasks": cfg.tasks,
-        "n_layers": base.layers, "layer_path": paths[cfg.modules[0], 0].rpartition(".0.")[0],
+        "n_layers": len(base.blocks), "layer_path": paths[0][0],
         "projection_targets": targets, "base_model_name_or_path": origin, "base_model_revision": revision})
-    save_tensors(folder / "model.safetensors", tensors_of(portal, tag, {m: (m, m) for m in cfg.modules}), METADATA)
+    save_tensors(folder / "model.safetensors", tensors, METADATA)

@@ -4,7 +4,7 @@ import contextlib, errno, functools, importlib, os, pathlib, re, shutil, tempfil
 import filelock, safetensors, safetensors.torch
 import torch
 
-from portal import Adapters, Config, Converter, Portal
+from portal import Adapters, Config, Converter, Group, Portal
 from runtime.distributed import RANK
 from runtime.files import BadInput, out_of_memory, read_json, write_whole, writing
 
@@ -12,14 +12,14 @@ OUT = pathlib.Path("out")
 
 
 def find_run(run):
-    """`--run`, or the run trained last (the newest `trained` date in out/*/portal.json). A portallib artifact is read
-    into the run out/<its name>. Prints which. Raises BadInput."""
+    """`--run`, or the run trained last (the newest `trained` date in out/*/portal.json). A portallib artifact, a folder
+    or a hub id, is read into the run out/<its name>. Prints which. Raises BadInput."""
     if run is None:
         found = list(OUT.glob("[!.]*/portal.json"))                                  # not .<run>.new<pid>, half written
         if not found:
             raise BadInput(f"no run in {OUT}/: train one first (python train.py) or name one with --run DIR")
         run = max(found, key=lambda p: read_json(p).get("trained", "")).parent
-    if (run / "config.json").exists() and not (run / "portal.json").exists():
+    if not (run / "portal.json").exists():
         run = importlib.import_module("export").run_of(run)                          # export.py imports this file
     if not (run / "portal.json").exists():
         raise BadInput(f"{run}: not a run folder (it has no portal.json); python train.py makes one")
@@ -152,9 +152,12 @@ def save_portal(run, portal, final=False):
 
 
 def save_converter(run, portal, name, tag, final=False):
-    """Writes the converter of base `name` as converters/<tag>.safetensors (a sweep's tags are <base>@<n>)."""
-    folder = run / "final" if final else run
-    save_tensors(folder / "converters" / f"{tag}.safetensors", portal.converters[name].state_dict())
+    """Writes the converter of base `name` as converters/<tag>.safetensors (a sweep's tags are <base>@<n>). A group whose
+    layers are not the first len(e) ones has their numbers beside it, layers.<g> [L_g]."""
+    folder, converter = run / "final" if final else run, portal.converters[name]
+    layers = {f"layers.{g}": torch.tensor(group.layers) for g, group in converter.groups.items()
+              if group.layers != tuple(range(len(converter.e)))}
+    save_tensors(folder / "converters" / f"{tag}.safetensors", {**converter.state_dict(), **layers})
 
 
 def saved_at(run, name, final):
@@ -188,8 +191,12 @@ def provenances(run):
 
 def load_converter(cfg, path):
     with fitting(path) as tensors:
-        dims = {m: (tensors[f"P_in.{m}"].shape[1], tensors[f"P_out.{m}"].shape[0]) for m in cfg.modules}
-        converter = Converter(cfg, len(tensors["e"]), dims)
+        groups, every = {}, torch.arange(len(tensors["e"]))
+        for m in cfg.modules:
+            for g in [name.removeprefix("P_in.") for name in tensors if re.fullmatch(rf"P_in\.{m}(_\d+x\d+)?", name)]:
+                layers = tuple(tensors.pop(f"layers.{g}", every).tolist())
+                groups[g] = Group(m, layers, tensors[f"P_in.{g}"].shape[1], len(tensors[f"P_out.{g}"]))
+        converter = Converter(cfg, groups)
         converter.load_state_dict(tensors)
     return converter
 

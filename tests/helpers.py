@@ -12,8 +12,10 @@ from portal import MODULES, Adapters, Config, Converter, Portal
 
 def random_adapters(base, tasks=3, rank=4, modules=MODULES, seed=0, dtype=torch.float32):
     g = torch.Generator().manual_seed(seed)
-    A = {m: 0.3 * torch.randn(tasks, base.layers, rank, base.dims[m][0], generator=g).to(dtype) for m in modules}
-    B = {m: 0.3 * torch.randn(tasks, base.layers, base.dims[m][1], rank, generator=g).to(dtype) for m in modules}
+    groups = base.groups_of(modules)
+    A, B = ({name: 0.3 * torch.randn(tasks, len(layers), *shape, generator=g).to(dtype)
+             for name, (_, layers, d_in, d_out) in groups.items() for shape in [(rank, d_in) if side == "A" else (d_out, rank)]}
+            for side in "AB")
     return Adapters(A, B, 2.0)
 
 
@@ -60,7 +62,7 @@ class NeverWaits(TorchDispatchMode):
 def make_portal(base, norm="layer", modules=("q", "v"), tasks=("one", "two", "three"), random=True, **sizes):
     torch.manual_seed(1)
     portal = Portal(Config(tasks=list(tasks), modules=list(modules), norm=norm, **{**SIZES, **sizes}))
-    portal.converters[base.name] = Converter(portal.cfg, base.layers, base.dims)
+    portal.converters[base.name] = Converter(portal.cfg, base.groups_of(portal.cfg.modules))
     if random:  # away from the zeros of the initialisation
         for p in [portal.z, *portal.core.parameters(), *portal.converters[base.name].parameters()]:
             torch.nn.init.normal_(p, std=0.3)

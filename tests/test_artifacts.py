@@ -5,6 +5,7 @@ import pytest, torch
 from conftest import command, fingerprint, one_line, save_tiny, tiny_model
 from safetensors.torch import load_file, save_file
 from test_export import TASKS, make_run
+from test_sites import base_of, hybrid, save, unlike
 from conftest import SIZES
 
 import eval as evaluation, export, port
@@ -18,12 +19,12 @@ from runtime.run_folder import load_portal
 portallib = pytest.importorskip("portallib")
 
 
-def save_artifact(folder, where, architecture, modules, shared=None, layer_path="model.layers", **changes):
+def save_artifact(folder, where, architecture, modules, shared=None, layer_path="model.layers", model=None, **changes):
     """A portallib artifact with random weights on the base in `where`; `shared`: another one's latents and core."""
     sizes = {**{theirs: SIZES[ours] for ours, theirs in artifact.SIZES.items()}, "alpha": 6}
     config = portallib.PortalConfig.from_model(
-        tiny_model(architecture), tasks=TASKS, base_model_name_or_path=str(where), modules=modules,
-        layer_path=layer_path, **{**sizes, **changes})
+        model or tiny_model(architecture), tasks=TASKS, base_model_name_or_path=str(where), modules=modules,
+        layer_path=layer_path, allow_heterogeneous_targets=True, **{**sizes, **changes})
     model = portallib.PortalModel(config, torch.zeros(len(TASKS), config.d_z))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
@@ -36,13 +37,16 @@ def save_artifact(folder, where, architecture, modules, shared=None, layer_path=
 
 def assert_same_factors(run, name, where, model):
     adapters = adapters_of(run, "portal", name, load_base(str(where)))
-    assert adapters.scale == model.config.scaling and tuple(adapters.A) == model.config.modules
+    base = load_base(str(where))
+    sites = {(layer, m): (g, index) for m in model.config.modules for layer, g, index in base.sites_of(m)}
+    assert adapters.scale == model.config.scaling and adapters.A.keys() == base.groups_of(model.config.modules).keys()
     for t, task in enumerate(model.config.tasks):
         generated = model.generate(task)
-        assert len(generated) == len(adapters.A) * 3
-        for (layer, m), (A, B) in generated.items():
-            torch.testing.assert_close(adapters.A[m][t, layer], A, rtol=1e-6, atol=1e-6)
-            torch.testing.assert_close(adapters.B[m][t, layer], B, rtol=1e-6, atol=1e-6)
+        assert generated.keys() == sites.keys()
+        for key, (A, B) in generated.items():
+            g, index = sites[key]
+            torch.testing.assert_close(adapters.A[g][t, index], A, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(adapters.B[g][t, index], B, rtol=1e-6, atol=1e-6)
             assert A.abs().max() > 0.1 and B.abs().max() > 0.1
 
 
@@ -83,6 +87,73 @@ def test_a_run_becomes_an_artifact_and_comes_back(tmp_path, modules, architectur
         assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
 
 
+@pytest.mark.parametrize("modules", [("q", "v"), MODULES])
+@pytest.mark.parametrize("make", [hybrid, unlike])
+def test_layers_that_differ_both_ways(world, make, modules):
+    """portallib shares P_in between groups of one width; what it wrote comes back bit for bit, but for the embeddings of
+    layers that have no site, which nothing reads. Once P_in has been refitted a group, each is written."""
+    save(world / "d", make())
+    model = save_artifact(world / "D", world / "d", None, modules, model=make().unpatch())
+    assert command(export, "--artifact", "D", "--run", "R") == 0
+    assert_same_factors(world / "R", "d", world / "d", model)
+    assert command(export, "--run", "R", "--to", "d", "--portallib", "--out", "back") == 0
+    assert portallib.PortalModel.from_pretrained(world / "back").config == model.config
+    before, after = (load_file(world / folder / "model.safetensors") for folder in ("D", "back"))
+    e = "alignment.layer_embeddings.weight"
+    layers = sorted({target.layer_index for target in model.config.projection_targets})
+    assert torch.equal(before.pop(e)[layers], after.pop(e)[layers])
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+    portal = load_portal(world / "R", ["d"])
+    for P in portal.converters["d"].parameters():
+        P.data += 0.1 * torch.randn_like(P)
+    run_folder.save_converter(world / "R", portal, "d", "d")
+    assert command(export, "--run", "R", "--to", "d", "--portallib", "--out", "again") == 0
+    assert_same_factors(world / "R", "d", world / "d", portallib.PortalModel.from_pretrained(world / "again"))
+
+
+def test_fused_projections_cannot_be_written(world, capsys):
+    save(world / "tiny", base_of("Phi3ForCausalLM", pad_token_id=0))
+    run, _ = make_run(world, world / "tiny", ("q", "v"), norm="none")
+    assert command(export, "--run", run, "--to", "tiny", "--portallib", "--out", "x") == 2
+    one_line(capsys, ["model.layers.0.self_attn.qkv_proj", "fused"])
+    assert not (world / "x").exists()
+
+
+def in_hub_cache(cache, folder, org_name, commit):
+    """Lays a folder out as the hub's cache does: snapshots/<commit> links to blobs, refs/main names the commit."""
+    repo = cache / f"models--{org_name.replace('/', '--')}"
+    snapshot = repo / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (repo / "blobs").mkdir()
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    for path in folder.iterdir():
+        blob = repo / "blobs" / fingerprint(folder)[path.name]
+        blob.write_bytes(path.read_bytes())
+        (snapshot / path.name).symlink_to(blob)
+
+
+def test_a_published_artifact_is_ported_by_its_hub_id(world, monkeypatch, capsys):
+    """One line: the artifact becomes a run, and its tasks are ported with train.py's seed and data folder."""
+    model = save_artifact(world / "A", world / "base-a", "qwen3", ("q", "v"))
+    in_hub_cache(world / "cache", world / "A", "Org/portal-base-a", "0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(world / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("port.ROOT", world)
+    flags = "--to ./base-b --n 4 --epochs 1 --batch-size 2".split()
+    assert command(port, "--run", "Org/portal-base-a", *flags) == 0
+    run = world / "out" / "portal-base-a"
+    assert_same_factors(run, "base-a", world / "base-a", model)
+    p = read_json(run / "converters" / "base-b.json")
+    assert (p["ported"], p["n"], p["seed"], p["data"]) == (True, 4, 0, str(world / "data"))
+    assert command(evaluation, "--run", "Org/portal-base-a", "--bases", "base-b", "--methods", "base,portal") == 0
+    capsys.readouterr()
+    assert command(port, "--run", "Org/missing", *flags) == 2
+    one_line(capsys, ["Org/missing is no folder, and could not be loaded from the hub"])
+    assert command(port, "--run", "out/missing", *flags) == 2
+    one_line(capsys, ["out/missing: not a run folder"])
+
+
 def test_groups_may_have_any_name(world):
     model = save_artifact(world / "A", world / "base-a", "qwen3", ("q", "v"))
     def rename(config):
@@ -112,7 +183,7 @@ def test_a_run_that_was_read_is_a_run(world, capsys):
         assert fingerprint(world / "R") == before
     quick = ["--run", "R", "--epochs", "1", "--batch-size", "2"]
     fails(["export.py --artifact", "--n", "--seed", "--data"], evaluation, *quick)
-    fails(["--seed and --data are needed"], port, *quick, "--to", "./base-b", "--n", "4")
+    fails(["no tasks here"], port, *quick, "--to", "./base-b", "--n", "4", "--data", "base-a")
     fails(["already holds base-a", "--overwrite"], export, "--artifact", "A", "--run", "R")
     known = ["--n", "8", "--seed", "0", "--data", "data"]
     assert command(export, "--artifact", "A", "--run", "R", "--overwrite", *known) == 0
@@ -173,9 +244,10 @@ BAD = {  # name: (what is changed in the artifact, words of the one line)
     "size of zero": (dict(config=lambda c: c.update(rank=0)), ["config.json", "above 0"]),
     "a task outside": (dict(config=lambda c: c.update(tasks=["one", "two", "../x"])), ["'../x'", "folder"]),
     "unknown base": (dict(config=lambda c: c.update(base_model_name_or_path="qwen99")), ["unknown base 'qwen99'"]),
-    "only some layers": (dict(config=lambda c: c["projection_targets"].pop()), ["only some layers"]),
     "unlike layers": (dict(config=lambda c: c["projection_targets"][0].update(input_group="other")),
-                      ["different shapes"]),
+                      ["of q of one shape", "different alignment groups"]),
+    "a layer twice": (dict(config=lambda c: c["projection_targets"].append(c["projection_targets"][0])), ["twice"]),
+    "a layer too many": (dict(config=lambda c: c.update(n_layers=2)), ["a layer that is not there"]),
     "a shared group": (dict(config=lambda c: [t.update(input_group="q") for t in c["projection_targets"]],
                             tensors=lambda t: t.pop("alignment.input.v")), ["share an alignment group"]),
     "a tensor too few": (dict(tensors=lambda t: t.pop("core.l1.bias")), ["tensors", "not those of its config.json"]),

@@ -3,9 +3,9 @@ import gguf, numpy as np, peft, pytest, torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from conftest import ARCHITECTURES, exact_norms, peft_projections, save_tiny, tiny_base, tiny_model, tiny_tokenizer
 from helpers import NeverWaits, hooked, items, of_task, random_adapters
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
-from bases import Base, find_projections, load_base, resolve, short_names
+from bases import Base, load_base, resolve, short_names
 from runtime.files import BadInput
 from data import collate
 from portal import MODULES, Adapters
@@ -30,6 +30,7 @@ def test_mixed_padded_rows_equal_one_row_at_a_time(architecture, n_choices, atte
         each.set_attn_implementation(attention)
     adapters, rows = random_adapters(base), items(n_choices)
     batch = collate(rows)
+    assert base.packs and base.pads                                                   # asked once, before
     with NeverWaits():
         logits = base.logits(batch, adapters)
     got = logits.log_softmax(-1)[batch.source, batch.target]
@@ -62,15 +63,16 @@ def test_masks_leave_the_logits_bit_identical(architecture, attention):
 
 @torch.no_grad()
 def test_masks_that_only_transformers_can_make_are_left_to_it():
-    base, one, several = tiny_base("llama"), collate(items()), collate(items(3))
-    want = base.logits(one), base.logits(several)
-    base.config.sliding_window = 3                                                   # a Llama has none
-    assert all(map(torch.equal, want, (base.logits(one), base.logits(several))))
-    base.config.layer_types = ["full_attention", "chunked_attention", "full_attention"]
-    assert base.masks(one) == {}
-    base = tiny_base("gemma3")
-    base.config._attn_implementation = "flash_attention_2"                           # it takes no masks of this form
-    assert base.masks(one) == {}
+    one, several = collate(items()), collate(items(3))
+    def changed(architecture, **settings):
+        base = tiny_base(architecture)
+        vars(base.config).update(settings)
+        return base
+    plain, stray = tiny_base("llama"), changed("llama", sliding_window=3)            # a Llama has no window
+    assert stray.packs and all(torch.equal(plain.logits(batch), stray.logits(batch)) for batch in (one, several))
+    for base in (changed("llama", layer_types=["full_attention", "chunked_attention", "full_attention"]),
+                 changed("llama", attention_window_size=3), changed("gemma3", _attn_implementation_internal="flash_attention_2")):
+        assert not base.packs and base.masks(one) == {}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -138,16 +140,16 @@ def test_generate_heeds_no_sampling_habits_of_a_folder(tmp_path):
 
 def test_shapes_are_read_from_the_layers():
     base = tiny_base("qwen3")
-    assert base.layers == 3
-    assert base.dims == {"q": (24, 32), "k": (24, 16), "v": (24, 16), "o": (32, 24), "gate": (24, 40), "up": (24, 40), "down": (40, 24)}
+    dims = {"q": (24, 32), "k": (24, 16), "v": (24, 16), "o": (32, 24), "gate": (24, 40), "up": (24, 40), "down": (40, 24)}
+    assert base.groups == {m: (m, (0, 1, 2), *shape) for m, shape in dims.items()} and not base.lacks
     assert base.weight("down", 2).shape == (24, 40)
     assert not any(p.requires_grad for p in base.model.parameters())
 
 
 def test_an_unsupported_model_says_what_was_looked_for_and_found():
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2))
-    with pytest.raises(BadInput, match="GPT2LMHeadModel is not supported.*q_proj, k_proj.*found none of them.*lm_head"):
-        find_projections(model)
+    model = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, state_size=4))
+    with pytest.raises(BadInput, match="tiny: MambaForCausalLM is not supported: no layer.*known name.*are dt_proj, .*lm_head"):
+        Base(model, tiny_tokenizer(), "tiny")
 
 
 # ------------------------------------------------------------------------------------------------ finding and loading
@@ -239,7 +241,7 @@ def test_a_layer_that_keeps_its_weight_to_itself_is_adapted_all_the_same():
     """Logits, losses, gradients on A and B and the weights as Cross-LoRA reads them: those of the plain model."""
     packed, plain = (Base(exact_norms(model.double()), tiny_tokenizer()) for model in packed_and_unpacked())
     adapters, rows = random_adapters(plain, dtype=torch.float64), items()
-    assert packed.dims == plain.dims and type(packed.linears[0]["q"]) is Packed and packed.linears[0]["q"].bias is not None
+    assert packed.groups == plain.groups and type(packed.sites["q", 0].linear) is Packed and packed.sites["q", 0].linear.bias is not None
     batch = collate(items(3))
     torch.testing.assert_close(packed.logits(batch), plain.logits(batch))
     torch.testing.assert_close(packed.logits(batch, adapters), plain.logits(batch, adapters))
@@ -253,7 +255,7 @@ def test_a_layer_that_keeps_its_weight_to_itself_is_adapted_all_the_same():
     assert all(torch.equal(a, b) for a, b in zip(gradients, task_gradients(packed, adapters, rows, 1000)[1]))
     for m in MODULES:
         assert torch.equal(packed.weight(m, 1), plain.weight(m, 1))
-    assert packed.linears[0]["q"].bias is not None
+    assert packed.sites["q", 0].linear.bias is not None
 
 
 def test_a_cast_leaves_packed_weights_alone(tmp_path, monkeypatch):
@@ -261,7 +263,7 @@ def test_a_cast_leaves_packed_weights_alone(tmp_path, monkeypatch):
     whole = packed.model.layers[0].mlp.up_proj.weight.clone()
     monkeypatch.setattr("bases.pretrained", lambda cls, spec, **options: packed if cls is AutoModelForCausalLM else tiny_tokenizer())
     base = load_base(str(folder), dtype=torch.bfloat16)
-    assert torch.equal(base.linears[0]["up"].weight, whole) and base.model.model.norm.weight.dtype == torch.bfloat16
+    assert torch.equal(base.sites["up", 0].linear.weight, whole) and base.model.model.norm.weight.dtype == torch.bfloat16
     assert torch.isfinite(base.logits(collate(items()), random_adapters(base))).all()
 
 
@@ -281,9 +283,9 @@ def test_four_bits_on_a_gpu_are_the_model_of_the_dequantised_weights(tmp_path, d
     folder = save_tiny(tmp_path / "base", "qwen2")
     base = load_base(str(folder), "cuda", torch.float32, device_map=device_map, quantize="4bit")
     model = tiny_model("qwen2").cuda()
-    for (m, layer), path in base.paths().items():
+    for (m, layer), (own, path, _) in base.sites.items():
         W, linear = base.weight(m, layer), model.get_submodule(path)
-        assert isinstance(base.linears[layer][m], bitsandbytes.nn.Linear4bit) and not torch.equal(W, linear.weight)
+        assert isinstance(own, bitsandbytes.nn.Linear4bit) and not torch.equal(W, linear.weight)
         assert float((W - linear.weight).norm() / linear.weight.norm()) < 0.15
         linear.weight.data = W
     plain = Base(model, tiny_tokenizer())
@@ -300,7 +302,7 @@ def test_layers_on_two_devices_are_the_same_model():
     add_hook_to_module(model.model.layers[1].cuda(), AlignDevicesHook(execution_device="cuda", io_same_device=True))
     base, plain = Base(model, tiny_tokenizer()), tiny_base()
     adapters, batch = random_adapters(plain), collate(items(3))
-    assert base.device.type == "cpu" and base.linears[1]["q"].weight.is_cuda
+    assert base.device.type == "cpu" and base.sites["q", 1].linear.weight.is_cuda
     torch.testing.assert_close(base.logits(batch, adapters), plain.logits(batch, adapters), rtol=1e-3, atol=1e-3)
     for got, want in zip(task_gradients(base, adapters, items(), 1000)[1], task_gradients(plain, adapters, items(), 1000)[1]):
         torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-4)
@@ -331,7 +333,7 @@ def test_a_gguf_file_loads_with_the_same_logits(tmp_path):
         writer.add_tensor(f"blk.{i}.ffn_norm.weight", layer.post_attention_layernorm.weight.detach().numpy())
     writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
     base = load_base(str(path))
-    assert base.name == "tiny" and base.layers == 3
+    assert base.name == "tiny" and len(base.blocks) == 3
     batch = collate(items())
     want = Base(model, tokenizer).logits(batch)
     torch.testing.assert_close(base.logits(batch), want, rtol=1e-4, atol=1e-4)

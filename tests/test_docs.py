@@ -146,7 +146,7 @@ def test_inference_as_the_page_has_it(tmp_path, monkeypatch):
     torch.manual_seed(1)
     tasks = sorted(path.name for path in (ROOT / "toy" / "data").iterdir())
     portal = Portal(Config(tasks=tasks, d_z=8, d_e=4, hidden=16, d_c=12, rank=4, alpha=8))
-    portal.converters[base.name] = Converter(portal.cfg, base.layers, base.dims)
+    portal.converters[base.name] = Converter(portal.cfg, base.groups_of(portal.cfg.modules))
     for p in [portal.z, *portal.core.parameters(), *portal.converters[base.name].parameters()]:
         p.normal_(std=0.3)
     save_portal(run, portal)

@@ -103,8 +103,8 @@ def test_any_methods_adapters_leave(tmp_path):
     run, where = make_run(tmp_path, save_tiny(tmp_path / "tiny"))
     base = load_base(str(where))
     torch.manual_seed(5)
-    lora = Adapters({m: torch.randn(3, 3, 2, base.dims[m][0]) for m in ("k", "up")},
-                    {m: 0.1 * torch.randn(3, 3, base.dims[m][1], 2) for m in ("k", "up")}, 1.5)
+    lora = Adapters({m: torch.randn(3, 3, 2, base.groups[m].d_in) for m in ("k", "up")},
+                    {m: 0.1 * torch.randn(3, 3, base.groups[m].d_out, 2) for m in ("k", "up")}, 1.5)
     save_adapters(run / "baselines" / "lora" / "tiny.safetensors", lora)
     for task in TASKS:
         argv = ["--run", run, "--to", "tiny", "--task", task, "--out", tmp_path / task, "--method", "lora"]

@@ -36,7 +36,7 @@ def test_alignment_is_ridge_regression_over_tokens_that_end_together():
     base, source = tiny_base("gemma3", 1, torch.float64), Base(tiny_model("qwen3", 2, torch.float64), letters(), "source")
     portal = make_portal(source, modules=("q", "down"))
     like = portal.converters["source"]
-    made = Converter(portal.cfg, base.layers, base.dims, like, port=True)
+    made = Converter(portal.cfg, base.groups_of(portal.cfg.modules), like, port=True)
     before = {name: p.clone() for name, p in made.state_dict().items()}
     port.align(made, base, like, source, TEXTS)
 
@@ -60,7 +60,7 @@ def test_a_base_aligned_with_itself_reads_as_it_does():
     base = tiny_base()
     portal = make_portal(base)
     like = portal.converters["tiny"]
-    made = Converter(portal.cfg, base.layers, base.dims, like, port=True)
+    made = Converter(portal.cfg, base.groups_of(portal.cfg.modules), like, port=True)
     texts = [" ".join(f"w{(7 * i + k) % 50}" for k in range(9)) for i in range(40)]
     port.align(made, base, like, tiny_base(), texts)
     x = torch.cat([x for text in texts[:5] for (m, _), x in port.layer_inputs(base, text, ["q"])[0].items()])

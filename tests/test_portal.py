@@ -53,7 +53,8 @@ def test_initialisations_are_the_write_ups():
     assert converter.e.std().item() == pytest.approx(1, rel=0.3)
     assert not portal.core.film.weight.any() and not portal.core.film.bias.any()
     assert not any(head.weight.any() or head.bias.any() for head in portal.core.head_B.values())
-    port = Converter(portal.cfg, 5, base.dims, like=converter, port=True)                           # from 3 layers to 5
+    port = Converter(portal.cfg, {g: group._replace(layers=tuple(range(5))) for g, group in base.groups_of("qv").items()},
+                     like=converter, port=True)                           # from 3 layers to 5
     assert not any(p.any() for p in port.P_out.values()) and all(p.any() for p in port.P_in.values())
     assert torch.equal(port.e, converter.e[[0, 0, 1, 2, 2]]) and port.e.requires_grad     # by relative depth
 

@@ -68,7 +68,7 @@ def test_the_loss_curve_is_that_of_the_plain_loop(tmp_path, ema):
         bases = [tiny_base(architecture, dtype=torch.float64, name=name) for architecture, name in zip(("qwen3", "llama"), names)]
         torch.manual_seed(1)
         portal = make_portal(bases[0])                                               # not at zero: z has a gradient from the start
-        portal.converters = {base.name: Converter(portal.cfg, base.layers, base.dims).double() for base in bases}
+        portal.converters = {base.name: Converter(portal.cfg, base.groups_of(portal.cfg.modules)).double() for base in bases}
         portal.core.double()
         portal.z.data = portal.z.data.double()
         for base in bases:
@@ -118,6 +118,7 @@ def test_a_round_never_waits_for_the_device(architecture):
     base = tiny_base(architecture)
     portal = make_portal(base)
     learner = portal_learner(portal, small_rows(), SETTINGS)
+    assert base.packs                                                                # asked once, before the first round
     with NeverWaits():
         one_round([base], portal.adapters, [learner], {"tiny": some_items()}, 40, EMA())
 
@@ -150,11 +151,12 @@ def test_recomputed_layers_give_the_same_gradients():
     found = []
     for recompute in (False, True):
         base, calls = tiny_base("gemma3"), []
+        assert base.packs
         base.blocks[0].mlp.register_forward_hook(lambda *_: calls.append(1))
         if recompute:
             base.recompute_layers()
         found.append(task_gradients(base, make_portal(base).adapters("tiny"), some_items(), 25))
-        assert not base.active.A and len(calls) == (1 + recompute) * len(micro_batches(some_items(), 25)) > 2
+        assert not base.active.factors and len(calls) == (1 + recompute) * len(micro_batches(some_items(), 25)) > 2
     assert torch.equal(found[0][0], found[1][0]) and all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1]))
 
 

@@ -132,7 +132,8 @@ def test_layers_are_matched_by_relative_depth():
     assert [same_depth(l, 5, 3) for l in range(5)] == [0, 0, 1, 2, 2] and [same_depth(l, 3, 5) for l in range(3)] == [0, 2, 4]
     source, target = tiny_base("qwen3"), tiny_base("qwen2", seed=1)
     adapters = transfer(cross_lora, random_adapters(source), source, target)
-    assert {m: (a.shape[-1], adapters.B[m].shape[-2]) for m, a in adapters.A.items()} == target.dims
+    assert {g: (a.shape[1], a.shape[-1], adapters.B[g].shape[-2]) for g, a in adapters.A.items()} == {
+        g: (len(layers), d_in, d_out) for g, (_, layers, d_in, d_out) in target.groups.items()}
 
 
 def test_the_factor_of_a_transfer_is_the_best_on_held_out_rows(tmp_path):
@@ -178,6 +179,6 @@ def test_iso_loras_have_as_many_parameters_as_the_converter():
     for d_c, rank in ((24, 1), (120, 4)):
         cfg = Config(tasks=["a"] * 9, **{**SIZES, "d_c": d_c})
         loras = TaskLoRAs(9, base, **iso_sizes(cfg, base, 9))
-        ours, theirs = sum(p.numel() for p in Converter(cfg, base.layers, base.dims).parameters()), sum(
+        ours, theirs = sum(p.numel() for p in Converter(cfg, base.groups_of(cfg.modules)).parameters()), sum(
             p.numel() for t in range(9) for p in loras.of(t))
         assert loras.A["q"][0].shape[1] == rank and list(loras.A) == ["q", "v"] and abs(ours / theirs - 1) < 0.15, (ours, theirs)

@@ -19,7 +19,7 @@ def fit_once(change=lambda portal: None, step=one_round):
     base = tiny_base()
     torch.manual_seed(0)
     made = Portal(Config(tasks=["one", "two", "three"], **SIZES))
-    made.converters[base.name] = Converter(made.cfg, base.layers, base.dims)
+    made.converters[base.name] = Converter(made.cfg, base.groups_of(made.cfg.modules))
     torch.nn.init.normal_(made.core.head_B["q"].weight)                              # else the trunk has no gradient yet
     change(made)
     before = {name: p.clone() for name, p in made.core.named_parameters()}
@@ -40,7 +40,7 @@ def test_unbalanced_gradients_on_z_are_added():
     """With lr 0, so that a second round starts where the first did; the clip at norm 1 changes the length alone."""
     bases = [tiny_base(seed=k, name=name) for k, name in enumerate(("tiny", "other"))]
     made = make_portal(bases[0])
-    made.converters["other"] = Converter(made.cfg, bases[1].layers, bases[1].dims)
+    made.converters["other"] = Converter(made.cfg, bases[1].groups_of(made.cfg.modules))
     torch.nn.init.normal_(made.converters["other"].P_out["q"])
     def gradient(bases, step):
         learner = portal_learner(made, small_rows(), dict(SETTINGS, lr=0.0))
@@ -81,7 +81,7 @@ def test_what_is_handed_to_the_port():
     made = make_portal(base)
     like = made.converters["tiny"]
     def changed(name=None):
-        converter = Converter(made.cfg, base.layers, base.dims, like, port=True)
+        converter = Converter(made.cfg, base.groups_of(made.cfg.modules), like, port=True)
         how = Change(**(PORT_ABLATIONS[name].port if name else {}))
         how.change(converter)
         return converter, how.rates

@@ -26,7 +26,7 @@ def run(world, monkeypatch):
     portal = make_portal(tiny_base(name="base-a"), tasks=TASKS)
     for name, architecture in (("base-b", "llama"), ("base-c", "gemma3")):
         base = tiny_base(architecture, name=name)
-        portal.converters[name] = Converter(portal.cfg, base.layers, base.dims)
+        portal.converters[name] = Converter(portal.cfg, base.groups_of(portal.cfg.modules))
     save_portal(folder, portal)
     provenance = {name: dict(base=name, id=str(world / name), revision=None, ported=name == "base-c", n=8, seed=0,
                              data=str(world / "data"), date="2026-01-01") for name in portal.converters}

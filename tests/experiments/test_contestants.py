@@ -21,7 +21,7 @@ def test_a_training_round_of_ours_and_of_portallib_is_the_same():
 
     base, _ = work.load()
     portal = Portal(cfg)
-    portal.converters[base.name] = converter = Converter(cfg, base.layers, base.dims)
+    portal.converters[base.name] = converter = Converter(cfg, base.groups_of(cfg.modules))
     pairs = [(portal.z, trainer.task_latents), (converter.e, alignment.layer_embeddings.weight)]
     pairs += [(converter.P_in[m], alignment.input[m]) for m in cfg.modules]
     pairs += [(converter.P_out[m], alignment.output[m]) for m in cfg.modules]

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode, baddbmm_flop
 import port, train
 from experiments import paper
 from experiments.ablations import ABLATIONS, COMPETITION, DIVIDED, PORT_ABLATIONS, Variant
+from frozen import Adapted
 from portal import Converter
 from runtime import run_folder
 from runtime.files import BadInput, read_jsonl, write_json
@@ -54,7 +55,7 @@ def test_a_task_aside_and_its_controls(tmp_path, monkeypatch):
     """What each control's run holds when its commands start, and how its rows are labelled."""
     bases, started = [tiny_base(name=name) for name in ("source", "target")], []
     made = make_portal(bases[0], tasks=("one", "two"))
-    made.converters["target"] = Converter(made.cfg, bases[1].layers, bases[1].dims)
+    made.converters["target"] = Converter(made.cfg, bases[1].groups_of(made.cfg.modules))
     made.z.data = torch.tensor([[1.0], [3.0]]).expand(2, made.cfg.d_z)
     def main(module):
         def run(argv, **_):
@@ -128,12 +129,12 @@ def test_flops_equal_torchs_count():
     made = make_portal(base, tasks=("one",))
     adapters = made.adapters("tiny").map(lambda a: a.detach().requires_grad_())
     own = paper.dims_of(adapters)
-    every = {m: (base.layers, 0, *dims) for m, dims in base.dims.items()}
-    x, tokens = {d: torch.randn(2, 5, d, requires_grad=True) for d in {d for d, _ in base.dims.values()}}, 10
+    every = {m: (len(layers), 0, d_in, d_out) for m, layers, d_in, d_out in base.groups.values()}
+    x, tokens = {d: torch.randn(2, 5, d, requires_grad=True) for d in {group.d_in for group in base.groups.values()}}, 10
     in_place = {torch.ops.aten.baddbmm_: lambda y, a, b, out_shape, **_: baddbmm_flop(y, a, b)}  # torch forgets it
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter, base.with_adapters(adapters, torch.tensor([0, 0])):
         for part in base.model.modules():
-            if hasattr(part, "kind"):
+            if isinstance(part, Adapted):
                 part(x[part.linear.in_features]).sum().backward()
     assert paper.flops(tokens, 0, every, own) == counter.get_total_flops()
 

@@ -72,7 +72,8 @@ def test_a_base_knows_the_skills_and_not_the_tasks(name):
 
 def test_the_target_is_unlike_its_sources():
     *sources, target = [load_base(str(grid.FOLDER / name)) for name in (*grid.SOURCES, grid.TARGET)]
-    assert len({base.dims["q"] for base in (*sources, target)}) == 3 and sources[0].layers != sources[1].layers
+    assert len({base.groups["q"][2:] for base in (*sources, target)}) == 3
+    assert len(sources[0].blocks) != len(sources[1].blocks)
     assert target.config.model_type.startswith("gemma3") and {b.config.model_type for b in sources} == {"qwen3"}
     prompt = "Words: ann red\nAnswer:"
     ids = target.tokenizer(prompt).input_ids
