@@ -13,6 +13,8 @@ import dataclasses, json, pathlib
 
 import torch
 from torch.nn.utils import parameters_to_vector
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from bases import auto_class, lasting, reload_base, resolve
@@ -27,6 +29,7 @@ from runtime.run_folder import (LOCKS, OUT, find_run, load_config, load_portal, 
                                 save_converter, save_portal, save_tensors)
 
 MARK = "Exported by PorTAL"  # in every model card: --overwrite replaces only folders that have it
+EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}  # PEFT takes these names for experts
 CARDS = {  # {library: (what the folder holds, the imports that load it, the call)}
     "peft": ("A LoRA in PEFT's format.", "from peft import PeftModel\nfrom transformers import {auto}",
              'model = PeftModel.from_pretrained({base}, "this folder")'),
@@ -100,16 +103,39 @@ def save_peft(folder, base, p, adapters, t):
     # too (the q_proj of a vision tower), it is given full paths.
     names = {path.split(".")[-1] for path in factors}
     reached = {path for path, _ in base.model.named_modules() if path.split(".")[-1] in names}
-    tensors = {f"base_model.model.{path}.lora_{side}.weight": factor[t]               # A [r, d_in], B [d_out, r]
+    # In a mixture of experts PEFT takes some names for those of the experts, which once were modules of these names,
+    # and would adapt them instead. Parameters it takes as they are named.
+    mixture = any(p.dim() == 3 and "expert" in name for name, p in base.model.named_parameters())
+    parameters = [path for path in factors if mixture and path.split(".")[-1] in EXPERTS]
+    short = reached == set(factors) and not parameters
+    modules = sorted(names) if short else [path for path in factors if path not in parameters]
+    stored = checkpoint_names(base.model, factors)
+    tensors = {f"base_model.model.{stored[path]}.lora_{side}.weight": factor[t]       # A [r, d_in], B [d_out, r]
                for path, pair in factors.items() for side, factor in zip("AB", pair)}
     save_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
     write_json(folder / "adapter_config.json", dict(
         peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=origin(p), revision=p["revision"],
         r=rank, lora_alpha=round(adapters.scale * rank), rank_pattern=wider,
-        alpha_pattern={path: round(adapters.scale * r) for path, r in wider.items()},
-        target_modules=sorted(names) if reached == set(factors) else list(factors),
+        alpha_pattern={path: round(adapters.scale * r) for path, r in wider.items()}, target_modules=modules,
+        target_parameters=[f"{path}.weight" for path in parameters] or None,
         lora_dropout=0.0, bias="none", use_rslora=False, use_dora=False, inference_mode=True,
         fan_in_fan_out=any(isinstance(base.linears[path], Conv1D) for path in factors)))
+
+
+def checkpoint_names(model, paths):
+    """Returns {path of a linear layer: its path in an adapter's file}. PEFT renames what it reads as transformers
+    renames a checkpoint's weights; where that would change our name, the file has the checkpoint's own. Raises
+    BadInput."""
+    def renamed(name, steps, **options):
+        return rename_source_key(f"{name}.weight", steps, [], **options)[0].removesuffix(".weight")
+    steps, saving = ([step for step in get_model_conversion_mapping(model, add_legacy=legacy)
+                      if type(step) is WeightRenaming] for legacy in (True, False))
+    back, names = [step.reverse_transform() for step in saving[::-1]], {}
+    for path in paths:
+        names[path] = path if path.endswith(renamed(path, steps)) else renamed(path, back, reverse=True)
+        if names[path] != path and renamed(names[path], steps) != path:
+            raise BadInput(f"PEFT cannot read an adapter of {path}, which it renames; --merge writes a whole model")
+    return names
 
 
 @torch.no_grad()
@@ -214,7 +240,8 @@ def parse_flags(argv):
 def main(argv=None):
     args = parse_flags(argv)
     if args.artifact:
-        return import_artifact(fetch(args.artifact), args.run, args.ported, args.n, args.seed, args.data, args.overwrite)
+        return import_artifact(fetch(args.artifact), args.run, args.ported, args.n, args.seed, args.data,
+                               args.overwrite)
     run = find_run(args.run)
     _, cfg = load_config(run)
     if args.portallib and cfg.norm != "none":

@@ -3,23 +3,20 @@
 There is no code per architecture: sites.py finds the projections of a decoder's layers by their names. Each of these
 linear layers is wrapped in `Adapted`, which adds the low-rank part.
 """
-import contextlib, functools, re
+import contextlib, functools
 from types import SimpleNamespace
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
+from transformers.pytorch_utils import Conv1D
 
+import masks
 from kernels.lora import lora_add, lora_linear
 from portal import MODULES, group_sites, same_depth
 from runtime.files import BadInput
 from sites import find_sites, shape
-
-# Settings of a config that say that some layer sees a part of the text alone, in a way that `own_masks` does not know.
-OTHER_WINDOWS = re.compile(r"(?!_?(use_)?sliding_window(_pattern)?$|max_window_layers$)"
-                           r".*(window|attention_chunk|local_att)")
-
 
 class Adapted(nn.Module):
     """W x + scale B_t A_t x, with the A, B and tasks in its base's `active` during a forward pass."""
@@ -33,12 +30,12 @@ class Adapted(nn.Module):
             return self.linear(x)
         A, B = self.active.factors[self.path]                                        # [T, r, d_in], [T, d_out, r]
         task, scale = self.active.task[x.device], self.active.scale                  # [R]
-        rows = x if x.dim() == 3 else x.view(len(task), -1, x.shape[-1])             # [R S, d_in] in a shared expert
+        rows = x if x.dim() == 3 else x.reshape(len(task), -1, x.shape[-1])          # [R S, d_in] in a shared expert
         if type(self.linear) is not nn.Linear:                                       # quantised: W is not readable
             y = lora_add(self.linear(rows), rows, A, B, task, scale)                 # [R, S, d_out]
         else:
             y = lora_linear(rows, self.linear.weight, self.linear.bias, A, B, task, scale)  # [R, S, d_out]
-        return y.view(*x.shape[:-1], -1)
+        return y if x.dim() == 3 else y.view(*x.shape[:-1], -1)
 
 
 class Base:
@@ -60,8 +57,9 @@ class Base:
             for index, layer in enumerate(layers):
                 linear, path, rows = self.sites[m, layer]
                 self.places.setdefault(path, []).append((g, index, rows))
-        if not self.sites:
-            raise BadInput(f"{name}: {type(model).__name__} is not supported: {self.lacks['q']}")
+        if not self.sites or model.get_output_embeddings() is None:
+            why = "it names no layer that makes the logits" if self.sites else self.lacks["q"]
+            raise BadInput(f"{name}: {type(model).__name__} is not supported: {why}")
         self.linears = {path: model.get_submodule(path) for path in self.places}
         for path, linear in self.linears.items():
             model.set_submodule(path, Adapted(linear, path, self.active))
@@ -81,10 +79,11 @@ class Base:
                       for index, layer in enumerate(group.layers))
 
     def pick(self, head, inputs):
-        """The LM head's input [N, d]: x [R, S, d] at the positions `active.at`. Answers are a few tokens of a long row,
-        and a small model's vocabulary is its widest matrix: all positions' logits would cost more than the layers."""
+        """The LM head's input [1, N, d]: x [R, S, d] at the positions `active.at`. Answers are a few tokens of a long
+        row, and a small model's vocabulary is its widest matrix: all positions' logits would cost more than the layers.
+        """
         (x,), at = inputs, self.active.at
-        return x if at is None else x[tuple(index.to(x.device) for index in at)]
+        return x if at is None else x[tuple(index.to(x.device) for index in at)][None]
 
     @property
     def device(self):
@@ -94,8 +93,8 @@ class Base:
     def weight(self, m, layer):
         """The frozen weight W [d_out, d_in] of a site, on `device`."""
         linear, path, rows = self.sites[m, layer]
-        if type(linear) is nn.Linear:
-            W = linear.weight
+        if type(linear) in (nn.Linear, Conv1D):
+            W = linear.weight if type(linear) is nn.Linear else linear.weight.T
         else:
             # Only a quantised layer's own forward can read its weight: W = (W I), without the bias.
             eye = torch.eye(shape(linear)[0], dtype=self.model.dtype, device=linear.weight.device)
@@ -116,78 +115,17 @@ class Base:
         adapters: Adapters of the tasks that `batch.task` [R] indexes, or None for the bare base."""
         self.batch = batch
         with self.with_adapters(adapters, batch.task, batch.at):
-            return self.model(input_ids=batch.ids, use_cache=False, **self.masks(batch)).logits
-
-    def masks(self, batch):
-        """{attention_mask, position_ids} of a forward pass over `batch`, as the model takes them.
-        Without a mask, transformers checks whether a row packs several texts, which waits for the device. So each layer
-        type gets one, or None where scaled_dot_product_attention's own causal mask is enough. Models without layer
-        types (Llama; Mistral, whose layers all slide) take a single mask and check if it is None, so they always get
-        one: under 1% of the time on a CPU; on a GPU it rules out the flash kernel."""
-        single = batch.segments is None                                              # one continuation a row
-        if single and not self.packs:
-            return {}                                                                # transformers' own masks
-        return self.own_masks(batch)
-
-    def own_masks(self, batch):
-        types, single = set(getattr(self.config, "layer_types", None) or ()), batch.segments is None
-        # An architecture uses a window only if its config class declares one; config.json may hold a stray value.
-        window = self.config.sliding_window if hasattr(type(self.config), "sliding_window") else None
-        def mask(window):
-            plain = single and types and self.config._attn_implementation == "sdpa" and not (
-                window and batch.ids.shape[1] >= window)
-            return None if plain else causal_mask(batch, window, self.model.dtype)
-        by_type = {kind: mask(window if kind == "sliding_attention" else None) for kind in types}
-        return dict(attention_mask=by_type or mask(window), position_ids=None if single else batch.positions)
+            return self.model(input_ids=batch.ids, use_cache=False, **masks.of(self, batch)).logits[0]
 
     @functools.cached_property
-    @torch.no_grad()
     def packs(self):
-        """Whether a row can hold a prompt and several continuations: `own_masks` then keep them apart in every layer.
-        Recurrent and convolutional layers ignore masks; some models ignore position ids or know other masks. So two
-        short continuations are scored in one row and in two, once. A window would not show in so few tokens."""
-        config, n, V = self.config, (7, 30, 5), self.config.vocab_size
-        unknown = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-        unknown |= {name for name, value in vars(config).items() if value and OTHER_WINDOWS.match(name)}
-        if unknown or config._attn_implementation not in ("sdpa", "eager"):
-            return False
-        prompt, first, second, other = (probe(length, V, k) for k, length in enumerate((*n, n[1])))
-        columns = torch.arange(sum(n), device=self.device)[None]                     # [1, S]
-        segments = torch.tensor([[0] * n[0] + [1] * n[1] + [2] * n[2]], device=self.device)
-        def last(ids, masks={}):
-            """The logits of the second continuation."""
-            with self.activate({"factors": {}, "at": None}):
-                ids = torch.tensor([ids], device=self.device)
-                return self.model(input_ids=ids, use_cache=False, **masks).logits[0, -n[2]:]
-        try:
-            masks = self.own_masks(SimpleNamespace(ids=columns, segments=segments,
-                                                   positions=torch.where(segments == 2, columns - n[1], columns)))
-            packed = last(prompt + first + second, masks)
-            return (self.close(packed, last(prompt + other + second, masks), 0.02)
-                    and not torch.equal(packed, last(prompt + first + second, {**masks, "position_ids": columns}))
-                    and self.close(packed, last(prompt + second), 0.3))
-        except Exception:                                                            # it takes no masks of this form
-            return False
+        """Whether a row can hold a prompt and several continuations; found out by trying, once."""
+        return masks.keeps_apart(self)
 
     @functools.cached_property
-    @torch.no_grad()
     def pads(self):
-        """Whether `generate` may pad rows on the left: the padding's tokens do not matter, and a padded row gives the
-        logits of the row alone."""
-        short, long = probe(5, self.config.vocab_size), probe(12, self.config.vocab_size)
-        with self.activate({"factors": {}, "at": None}):
-            try:
-                a, b = (self.decode([short, long], 2, pad=pad).logits for pad in (0, 1))
-            except Exception:                                                        # it takes no padding at all
-                return False
-            alone = self.decode([short], 2).logits
-        return all(self.close(x[:1], y[:1], 0.02) and self.close(x[:1], z, 0.3) for x, y, z in zip(a, b, alone))
-
-    def close(self, a, b, share):
-        """Whether two tensors of logits are equal but for rounding: in half precision, which keeps 3 digits in every
-        layer, their mean difference is less than `share` of their standard deviation."""
-        share = share if self.model.dtype.itemsize < 4 else 1e-4
-        return bool((a.double() - b.double()).abs().mean() < share * b.double().std())
+        """Whether `generate` may pad prompts on the left; found out by trying, once."""
+        return masks.ignores_padding(self)
 
     def with_adapters(self, adapters, task, at=None):
         """A context in which row r of a forward pass has the adapters of task[r], and logits are computed only at the
@@ -266,28 +204,8 @@ class Base:
         return out
 
 
-def probe(n, vocabulary, k=0):
-    """n token ids for a comparison of forward passes; the k-th of several such texts."""
-    return [(17 + 101 * k + 37 * i) % vocabulary for i in range(n)]
-
-
 def same_depths(target, source, m):
     """Pairs each site of kind m of a base with that of another base at the same relative depth: a list of [(layer,
     group, index) of the target, the same of the source]. Layers without the kind do not count."""
     sites, others = target.sites_of(m), source.sites_of(m)
     return [(site, others[same_depth(k, len(sites), len(others))]) for k, site in enumerate(sites)] if others else []
-
-
-def causal_mask(batch, window, dtype):
-    """The additive attention mask [1 or R, 1, S, S]: 0 where position i sees position j, else the dtype's minimum.
-    i sees j <= i. In rows of a prompt (segment 0) and several continuations (1, 2, ...), i sees the prompt and its own
-    continuation only. With a window: only the last `window` position ids, its own included. Padding is on the right, so
-    causality alone hides it."""
-    segments, positions = batch.segments, torch.arange(batch.ids.shape[1], device=batch.ids.device)[None]  # [1, S]
-    sees = positions[:, :, None] >= positions[:, None, :]                            # [1, S, S]
-    if segments is not None:
-        positions = batch.positions                                                  # [R, S]
-        sees = sees & ((segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None]))  # [R, S, S]
-    if window:
-        sees = sees & (positions[:, :, None] - positions[:, None, :] < window)
-    return torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)[:, None]

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from portal import MODULES
 
 NAMES = {  # {end of a linear layer's path in a decoder layer: the module kind that it is}
-    "q_proj": "q", "q_b_proj": "q", "q_proj.linear": "q", "k_proj": "k", "k_proj.linear": "k",
+    "q_proj": "q", "q_b_proj": "q", "q_gate_proj": "q", "q_proj.linear": "q", "k_proj": "k", "k_proj.linear": "k",
     "v_proj": "v", "v_proj.linear": "v", "o_proj": "o", "o_proj.linear": "o",
     "self_attn.out_proj": "o", "attn.out_proj": "o", "attention.out_proj": "o", "attn.c_proj": "o",
     "self_attn.dense": "o", "attention.dense": "o", "self_attention.dense": "o",
@@ -21,9 +21,11 @@ NAMES = {  # {end of a linear layer's path in a decoder layer: the module kind t
     "up_proj": "up", "feed_forward.w3": "up", "fc1": "up", "dense_h_to_4h": "up", "mlp.c_fc": "up", "mlp.fc_in": "up",
     "down_proj": "down", "feed_forward.w2": "down", "fc2": "down", "dense_4h_to_h": "down", "mlp.c_proj": "down",
     "mlp.fc_out": "down", "shared_mlp.output_linear": "down"}
-# Of these names, but something else: attention to another text or an image, the choice of tokens or experts, a gate of
-# attention.
-OTHER = re.compile(r"cross|encoder_attn|indexer|compressor|router|attn.*gate_proj|(^|\.)gate\.")
+# Of these names, but something else: attention to another text or an image, the choice of tokens or experts, a part of
+# a norm, a gate of attention.
+OTHER = re.compile(r"cross|encoder_attn|indexer|compressor|router|norm|attn.*(?<!q_)gate_proj|(^|\.)gate\.")
+# Of a path in the model: not the decoder's layers, or something within one of them.
+NO_STACK = re.compile(r"vision|visual|image|audio|speech|\.\d+\.")
 
 
 class Site(NamedTuple):
@@ -85,7 +87,8 @@ def sites_of(layer, config):
     """Returns the sites of a decoder layer, [(m, path in the layer, linear, rows or None)], and what it holds in a form
     that is not adapted, a list of texts."""
     found, left = [], []
-    experts = tuple(f"{path}." for path, x in layer.named_modules() if isinstance(x, nn.ModuleList))
+    experts = tuple(f"{path}." for path, x in layer.named_modules()
+                    if isinstance(x, nn.ModuleList) and "expert" in path)
     for path, x in layer.named_modules():
         m, fused = known(NAMES, path), known(FUSED, path)
         if not (m or fused) or not isinstance(x, (nn.Linear, Conv1D)) or OTHER.search(path):
@@ -104,13 +107,17 @@ def sites_of(layer, config):
 def find_sites(model):
     """Returns the decoder's L layers, {(m, layer): Site} and {m: why it has no site}, for a patched or a plain model.
 
-    The layers are the outermost nn.ModuleList of the decoder in which a layer holds a site. A kind that some layer
-    holds twice has no sites: which of them is meant is not known."""
+    The layers are the only nn.ModuleList of the decoder, but for those within layers, in which a layer holds a site. A
+    kind that some layer holds twice has no sites: which of them is meant is not known."""
     paths, config = {x: path for path, x in model.named_modules()}, model.config.get_text_config()
-    lists = [(path.count("."), x) for root in (model.get_decoder(), model.base_model)
-             for path, x in root.named_modules() if isinstance(x, nn.ModuleList)]
-    lists = [x for _, x in sorted(lists, key=lambda pair: pair[0])]                  # the outermost first
-    blocks = next((x for x in lists if any(sites_of(layer, config)[0] for layer in x)), None)
+    for root in (model.get_decoder(), model.base_model):
+        stacks = {path: x for path, x in root.named_modules() if isinstance(x, nn.ModuleList)
+                  and not NO_STACK.search(path) and any(sites_of(layer, config)[0] for layer in x)}
+        if stacks:
+            break
+    if len(stacks) > 1:
+        return [], {}, dict.fromkeys(MODULES, f"its layers are in several lists, {', '.join(stacks)}")
+    blocks = next(iter(stacks.values()), None)
     if blocks is None:
         names = sorted({path.split(".")[-1] for path, x in model.named_modules() if isinstance(x, (nn.Linear, Conv1D))})
         return [], {}, dict.fromkeys(MODULES, "no layer holds a projection of a known name; the model's linear modules "
@@ -118,7 +125,8 @@ def find_sites(model):
     sites, lacks, doubled, seen = {}, {}, {}, set()
     types = dict(enumerate(getattr(config, "layer_types", None) or ()))
     for l, layer in enumerate(blocks):
-        found, left = sites_of(layer, config)
+        own = config.per_layer_config[l] if getattr(config, "is_heterogeneous", False) else config
+        found, left = sites_of(layer, own)
         recurrent = "linear" in types.get(l, "")                                     # its fused rows have other orders
         for m, _, linear, rows in found:
             if (linear, m) in seen or recurrent and rows is not None and m in "qkv":
@@ -130,7 +138,7 @@ def find_sites(model):
         has = ", ".join(path for path, x in layer.named_modules() if isinstance(x, (nn.Linear, Conv1D)))
         for m in MODULES:
             if (m, l) not in sites:
-                lacks.setdefault(m, f"layer {l} has none among {'; '.join(left[:2]) or has}")
+                lacks.setdefault(m, f"layer {l} has none among {'; '.join([has, *left[:2]])}")
     have = {m for m, _ in sites} - doubled.keys()
     return (blocks, {key: site for key, site in sites.items() if key[0] in have},
             {m: doubled.get(m) or lacks[m] for m in MODULES if m not in have})

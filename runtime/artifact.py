@@ -20,15 +20,15 @@ NAMES = {"z": "task_latents", "W1": "core.l1", "W2": "core.l2", "film": "core.fi
 
 
 def fetch(spec):
-    """Returns the folder of an artifact: `spec`, a path, or where the hub's org/name[@revision] was downloaded to. Raises
-    BadInput if it cannot be."""
+    """Returns the folder of an artifact: `spec`, a path, or where the hub's org/name[@revision] was downloaded to.
+    Raises BadInput if it cannot be."""
     hub = re.fullmatch(r"(\w[\w.-]*/[\w.-]+)(?:@([\w./-]+))?", str(spec))
     if spec.exists() or spec.parent.exists() or not hub:
         return spec
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(
             hub[1], revision=hub[2], allow_patterns=["config.json", "model.safetensors"]))
-    except Exception as error:                                                       # of the network, or the hub's answer
+    except Exception as error:                                                       # of the network or the hub
         raise BadInput(f"{spec} is no folder, and could not be loaded from the hub: {first_line(error)}")
 
 
@@ -75,7 +75,7 @@ def check_config(config, metadata):
             require(found.get(key) == value, f"{name}: {key} {value!r} is accepted, not {found.get(key)!r}")
     keys = ("module_name", "layer_index", "in_features", "out_features", "input_group", "output_group")
     targets = sorted([target[key] for key in keys] for target in config["projection_targets"])
-    fullest = collections.Counter(layer for _, layer, *_ in targets)                 # a layer may lack some of the kinds
+    fullest = collections.Counter(layer for _, layer, *_ in targets)                 # a layer may lack some kinds
     kinds = list(dict.fromkeys(target["module_name"] for target in sorted(
         config["projection_targets"], key=lambda target: -fullest[target["layer_index"]])))
     cfg = Config(tasks=list(config["tasks"]), modules=kinds, norm="none",

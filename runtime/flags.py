@@ -121,7 +121,7 @@ FLAGS = {
         "methods": dict(NAMES, help="base,lora,cross_lora,copy,random,portal (default: these), lora_iso (LoRAs of the "
                                     "converter's size), hypernet (the generator trained on that base alone)"),
         "method": dict(choices="portal lora cross_lora copy random".split(), default="portal", help="whose adapters"),
-        "artifact": dict(FOLDER, help="a portallib artifact to read: config.json, model.safetensors"),
+        "artifact": dict(FOLDER, help="a portallib artifact to read: a folder or a hub id"),
         "ported": dict(SWITCH, help="the artifact is a refit: its base counts as unseen")},
     "the method": {
         "modules": dict(metavar="A,B", help="adapted projections: 'all' or some of q,k,v,o,gate,up,down"),

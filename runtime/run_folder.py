@@ -152,8 +152,8 @@ def save_portal(run, portal, final=False):
 
 
 def save_converter(run, portal, name, tag, final=False):
-    """Writes the converter of base `name` as converters/<tag>.safetensors (a sweep's tags are <base>@<n>). A group whose
-    layers are not the first len(e) ones has their numbers beside it, layers.<g> [L_g]."""
+    """Writes the converter of base `name` as converters/<tag>.safetensors (a sweep's tags are <base>@<n>). Where the
+    layers of a group are not 0 to len(e) - 1, their numbers are beside it, layers.<g> [L_g]."""
     folder, converter = run / "final" if final else run, portal.converters[name]
     layers = {f"layers.{g}": torch.tensor(group.layers) for g, group in converter.groups.items()
               if group.layers != tuple(range(len(converter.e)))}

@@ -3,8 +3,9 @@ import gguf, numpy as np, peft, pytest, torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from conftest import ARCHITECTURES, exact_norms, peft_projections, save_tiny, tiny_base, tiny_model, tiny_tokenizer
 from helpers import NeverWaits, hooked, items, of_task, random_adapters
-from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM
 
+import masks
 from bases import Base, load_base, resolve, short_names
 from runtime.files import BadInput
 from data import collate
@@ -50,14 +51,14 @@ def test_masks_leave_the_logits_bit_identical(architecture, attention):
     """The masks that transformers makes itself, below and above the window of 5."""
     base = tiny_base(architecture)
     base.model.set_attn_implementation(attention)
-    assert base.config._attn_implementation == attention
+    assert base.config._attn_implementation == attention and base.packs
     for length in (2, 4, 5, 6, 20):
         rows = [item._replace(prompt=(20 * item.prompt)[:n], continuations=[[5]])
                 for item, n in zip(items(), (length, 1, 2, length))]
         batch = collate(rows)
         want = base.model(input_ids=batch.ids).logits                                # its own masks
         with NeverWaits():
-            got = base.model(input_ids=batch.ids, **base.masks(batch)).logits
+            got = base.model(input_ids=batch.ids, **masks.of(base, batch)).logits
         assert batch.ids.shape[1] == length and torch.equal(got, want)
 
 
@@ -72,7 +73,7 @@ def test_masks_that_only_transformers_can_make_are_left_to_it():
     assert stray.packs and all(torch.equal(plain.logits(batch), stray.logits(batch)) for batch in (one, several))
     for base in (changed("llama", layer_types=["full_attention", "chunked_attention", "full_attention"]),
                  changed("llama", attention_window_size=3), changed("gemma3", _attn_implementation_internal="flash_attention_2")):
-        assert not base.packs and base.masks(one) == {}
+        assert not base.packs and masks.of(base, one) == {}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -261,7 +262,8 @@ def test_a_layer_that_keeps_its_weight_to_itself_is_adapted_all_the_same():
 def test_a_cast_leaves_packed_weights_alone(tmp_path, monkeypatch):
     folder, (packed, _) = save_tiny(tmp_path / "base"), packed_and_unpacked()
     whole = packed.model.layers[0].mlp.up_proj.weight.clone()
-    monkeypatch.setattr("bases.pretrained", lambda cls, spec, **options: packed if cls is AutoModelForCausalLM else tiny_tokenizer())
+    monkeypatch.setattr("bases.pretrained", lambda cls, spec, **options: {
+        AutoModelForCausalLM: packed, AutoConfig: packed.config, AutoTokenizer: tiny_tokenizer()}[cls])
     base = load_base(str(folder), dtype=torch.bfloat16)
     assert torch.equal(base.sites["up", 0].linear.weight, whole) and base.model.model.norm.weight.dtype == torch.bfloat16
     assert torch.isfinite(base.logits(collate(items()), random_adapters(base))).all()

@@ -100,6 +100,21 @@ def test_sites_pair_by_kind_and_relative_depth():
     assert torch.equal(q[:, :, :32], adapters.B["q"][:, [1, 2]]) and not q[:, :, 32:].any()
 
 
+def test_the_weight_of_a_site_is_its_rows_of_the_fused_matrix():
+    """By a plain loop over heads: 4 of q and 2 of k and v of width 8 in Phi-3; q, k, v of each head in turn in GPT-NeoX;
+    GPT-2's matrix is transposed."""
+    phi, neox = base_of("Phi3ForCausalLM", pad_token_id=0), base_of("GPTNeoXForCausalLM", head_dim=6)
+    gpt2 = base_of("GPT2LMHeadModel", config="GPT2Config", n_embd=24, n_layer=2, n_head=4, head_dim=6)
+    W = phi.model.model.layers[1].self_attn.qkv_proj.linear.weight                   # [64, 24]
+    assert torch.equal(phi.weight("q", 1), W[:32]) and torch.equal(phi.weight("k", 1), W[32:48])
+    assert torch.equal(phi.weight("v", 1), W[48:])
+    W = neox.model.gpt_neox.layers[2].attention.query_key_value.linear.weight        # [3 * 24, 24], 4 heads of 6
+    for start, m in enumerate("qkv"):
+        assert torch.equal(neox.weight(m, 2), torch.cat([W[18 * h + 6 * start:18 * h + 6 * start + 6] for h in range(4)]))
+    W = gpt2.model.transformer.h[1].attn.c_attn.linear.weight                        # [24, 3 * 24]
+    assert torch.equal(gpt2.weight("k", 1), W.T[24:48])
+
+
 # ---------------------------------------------------------------------------------------------- continuations
 @pytest.mark.parametrize("make,packs", [(hybrid, False), (unlike, True), (
     lambda: base_of("FalconH1ForCausalLM", mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1), False), (
@@ -131,6 +146,17 @@ def test_a_leak_between_continuations_is_found():
     assert tiny_base("llama").packs
 
 
+def test_logits_that_depend_on_later_tokens_are_refused():
+    """A decoder whose attention sees the whole row would read the answers it is asked for."""
+    base = tiny_base("llama")
+    for block in base.blocks:
+        plain = block.self_attn.forward
+        block.self_attn.forward = lambda *args, attention_mask=None, plain=plain, **kwargs: plain(
+            *args, attention_mask=torch.zeros(1, 1, 1, 1), **kwargs)
+    with pytest.raises(BadInput, match="tiny: the logits of LlamaForCausalLM depend on later tokens; it is no causal"):
+        base.packs
+
+
 @torch.no_grad()
 def test_prompts_of_unequal_length_where_padding_is_seen():
     """A model that counts positions by columns is decoded a row at a time."""
@@ -150,7 +176,7 @@ def test_what_a_base_lacks_is_named():
     base = base_of("GptOssForCausalLM", num_local_experts=4, num_experts_per_tok=2, layer_types=["full_attention"] * 3)
     assert base.kinds == list("qkvo")
     with pytest.raises(BadInput, match=r"tiny: GptOssForCausalLM has no up to adapt: layer 0 has none among "
-                                        r"mlp.experts.gate_up_proj \[4, 24, 80\] \(experts in one tensor\)"):
+                                        r"self_attn.q_proj, .*; mlp.experts.gate_up_proj \[4, 24, 80\] \(experts in one tensor\)"):
         base.groups_of(["q", "up"])
 
 
@@ -194,6 +220,28 @@ def test_train_port_and_evaluate_between_unlike_bases(unlike_world):
         adapters = evaluation.adapters_of(unlike_world / "R", "lora", name, base)
         with torch.no_grad():
             torch.testing.assert_close(merged(input_ids=batch.ids).logits[batch.at], base.logits(batch, adapters), rtol=1e-4, atol=1e-5)
+
+
+def test_a_wrapper_that_reads_images_has_its_text_decoder_adapted(world):
+    """A class that AutoModelForCausalLM does not know; the vision tower has projections of the same names."""
+    from peft import PeftModel
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4)
+    config = transformers.LlavaConfig(vision_config=transformers.CLIPVisionConfig(**vision), image_token_index=60,
+                                      text_config=transformers.LlamaConfig(**SMALL))
+    torch.manual_seed(0)
+    save(world / "llava", Base(transformers.LlavaForConditionalGeneration(config), tiny_tokenizer()))
+    flags = "--data data --n 8 --epochs 1 --batch-size 2 --lr 3e-2 --run R".split()
+    assert command(train, "--bases", "./llava", *flags) == 0
+    base = load_base(str(world / "llava"))
+    assert all(site.path.startswith("model.language_model.layers") for site in base.sites.values())
+    assert command(export, "--run", "R", "--to", "llava", "--task", "two", "--out", "two") == 0
+    assert "AutoModelForImageTextToText.from_pretrained" in (world / "two" / "README.md").read_text()
+    model = transformers.AutoModelForImageTextToText.from_pretrained(world / "llava")
+    adapters, t = evaluation.adapters_of(world / "R", "portal", "llava", base), load_config(world / "R")[1].tasks.index("two")
+    batch = collate([Item(t, [5, 6, 7, 8, 9], [[10, 11, 12]], Row("two", "", [], 0))])
+    with torch.no_grad():
+        want = PeftModel.from_pretrained(model, world / "two")(input_ids=batch.ids).logits[batch.at]
+    torch.testing.assert_close(base.logits(batch, adapters), want, rtol=1e-4, atol=1e-5)
 
 
 def test_a_converter_of_other_layers_is_refused(unlike_world, capsys):

@@ -1,0 +1,126 @@
+"""Which token of a row sees which: the attention masks, and whether the layers of a base heed them.
+
+A row holds a prompt and one or several continuations behind it, which must not see each other. Recurrent and
+convolutional layers ignore masks, some models ignore position ids, others have masks of their own. There is no list of
+them: a loaded base is tried with a few tokens.
+"""
+import re
+from types import SimpleNamespace
+
+import torch
+
+from runtime.files import BadInput
+
+# Settings of a config that limit what a layer sees, beside those of a plain sliding window.
+OTHER_WINDOWS = re.compile(r"(?!_?(use_)?sliding_window(_pattern)?$|max_window_layers$)"
+                           r".*(window|attention_chunk|local_att)")
+
+
+def layer_types(config):
+    """The kinds of a model's layers, a set of names; empty where its config has none."""
+    return set(getattr(config, "layer_types", None) or ())
+
+
+def of(base, batch):
+    """{attention_mask, position_ids} of a forward pass over `batch`, as the model takes them; {} leaves the masks to
+    transformers, which make a row of one continuation right."""
+    return {} if batch.segments is None and not base.packs else ours(base, batch)
+
+
+def ours(base, batch):
+    """{attention_mask, position_ids} that keep the continuations of a row apart.
+    Without a mask, transformers checks whether a row packs several texts, which waits for the device. So each layer
+    type gets one, or None where scaled_dot_product_attention's own causal mask is enough. Models without layer types
+    (Llama; Mistral, whose layers all slide) take a single mask and check if it is None, so they always get one: under
+    1% of the time on a CPU; on a GPU it rules out the flash kernel."""
+    config, types, single = base.config, layer_types(base.config), batch.segments is None
+    # An architecture uses a window only if its config class declares one; config.json may hold a stray value.
+    window = config.sliding_window if hasattr(type(config), "sliding_window") else None
+    def mask(window):
+        plain = single and types and config._attn_implementation == "sdpa" and not (
+            window and batch.ids.shape[1] >= window)
+        return None if plain else causal_mask(batch, window, base.model.dtype)
+    by_type = {kind: mask(window if kind == "sliding_attention" else None) for kind in types}
+    return dict(attention_mask=by_type or mask(window), position_ids=None if single else batch.positions)
+
+
+def causal_mask(batch, window, dtype):
+    """The additive attention mask [1 or R, 1, S, S]: 0 where position i sees position j, else the dtype's minimum.
+    i sees j <= i. In rows of a prompt (segment 0) and several continuations (1, 2, ...), i sees the prompt and its own
+    continuation only. With a window: only the last `window` position ids, its own included. Padding is on the right, so
+    causality alone hides it."""
+    segments, positions = batch.segments, torch.arange(batch.ids.shape[1], device=batch.ids.device)[None]  # [1, S]
+    sees = positions[:, :, None] >= positions[:, None, :]                            # [1, S, S]
+    if segments is not None:
+        positions = batch.positions                                                  # [R, S]
+        sees = sees & ((segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None]))  # [R, S, S]
+    if window:
+        sees = sees & (positions[:, :, None] - positions[:, None, :] < window)
+    return torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)[:, None]
+
+
+# ---------------------------------------------------------------------------------------------- trying a base
+def has_other_windows(config):
+    """Whether some layer sees a part of the text alone in a way that `ours` does not know: a few tokens do not show
+    it."""
+    return (any(value and OTHER_WINDOWS.match(name) for name, value in vars(config).items())
+            or any(re.search("sparse|chunk", kind) for kind in layer_types(config)))
+
+
+def probe(n, vocabulary, k=0):
+    """n token ids for a comparison of forward passes; the k-th of several such texts."""
+    return [(17 + 101 * k + 37 * i) % vocabulary for i in range(n)]
+
+
+def close(base, a, b, share):
+    """Whether two tensors of logits are equal but for rounding: in half precision, which keeps 3 digits in every layer,
+    their mean difference is less than `share` of their standard deviation."""
+    share = share if base.model.dtype.itemsize < 4 else 1e-4
+    return bool((a.double() - b.double()).abs().mean() < share * b.double().std())
+
+
+@torch.no_grad()
+def keeps_apart(base):
+    """Whether `ours` keep the continuations of a row apart in every layer: of two short ones, the second has the logits
+    that it has alone, whatever the first is. Raises BadInput for a model whose logits depend on later tokens."""
+    config, n, V = base.config, (7, 30, 5), base.config.vocab_size
+    if config._attn_implementation not in ("sdpa", "eager"):                         # these take no masks of ours
+        return False
+    prompt, first, second, other = (probe(length, V, k) for k, length in enumerate((*n, n[1])))
+    def logits(ids, masks={}):                                                       # [S, vocabulary]
+        with base.activate({"factors": {}, "at": None}):
+            ids = torch.tensor([ids], device=base.device)
+            return base.model(input_ids=ids, use_cache=False, **masks).logits[0]
+    def last(ids, masks={}):
+        return logits(ids, masks)[-n[2]:]                                            # of the second continuation
+    if not close(base, logits(prompt), logits(prompt + first)[:n[0]], 0.3):
+        raise BadInput(f"{base.name}: the logits of {type(base.model).__name__} depend on later tokens; it is no "
+                       "causal language model")
+    if has_other_windows(config) or layer_types(config) - {"full_attention", "sliding_attention"}:
+        return False
+    columns = torch.arange(sum(n), device=base.device)[None]                         # [1, S]
+    segments = torch.tensor([[0] * n[0] + [1] * n[1] + [2] * n[2]], device=base.device)
+    positions = torch.where(segments == 2, columns - n[1], columns)
+    try:
+        masks = ours(base, SimpleNamespace(ids=columns, segments=segments, positions=positions))
+        packed = last(prompt + first + second, masks)
+        return (close(base, packed, last(prompt + other + second, masks), 0.02)
+                and not torch.equal(packed, last(prompt + first + second, {**masks, "position_ids": columns}))
+                and close(base, packed, last(prompt + second), 0.3))
+    except Exception:                                                                # it takes no masks of this form
+        return False
+
+
+@torch.no_grad()
+def ignores_padding(base):
+    """Whether a row that is padded on the left is decoded as alone, whatever the padding's tokens are."""
+    short, long = probe(5, base.config.vocab_size), probe(12, base.config.vocab_size)
+    if has_other_windows(base.config):
+        return False
+    with base.activate({"factors": {}, "at": None}):
+        try:
+            a, b = (base.decode([short, long], 2, pad=pad).logits for pad in (0, 1))
+        except Exception:                                                            # it takes no padding at all
+            return False
+        alone = base.decode([short], 2).logits
+    return all(close(base, x[:1], y[:1], 0.02) and close(base, x[:1], z, 0.3) for x, y, z in zip(a, b, alone))
