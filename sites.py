@@ -23,7 +23,7 @@ NAMES = {  # {end of a linear layer's path in a decoder layer: the module kind t
     "mlp.fc_out": "down", "shared_mlp.output_linear": "down"}
 # Of these names, but something else: attention to another text or an image, the choice of tokens or experts, a part of
 # a norm, a gate of attention.
-OTHER = re.compile(r"cross|encoder_attn|indexer|compressor|router|norm|attn.*(?<!q_)gate_proj|(^|\.)gate\.")
+OTHER = re.compile(r"cross|encoder_attn|indexer|compressor|router|layernorm|attn.*(?<!q_)gate_proj|(^|\.)gate\.")
 # Of a path in the model: not the decoder's layers, or something within one of them.
 NO_STACK = re.compile(r"vision|visual|image|audio|speech|\.\d+\.")
 
