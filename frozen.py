@@ -18,6 +18,7 @@ from portal import MODULES, group_sites, same_depth
 from runtime.files import BadInput
 from sites import find_sites, shape
 
+
 class Adapted(nn.Module):
     """W x + scale B_t A_t x, with the A, B and tasks in its base's `active` during a forward pass."""
 

@@ -41,7 +41,9 @@ def ours(base, batch):
             window and batch.ids.shape[1] >= window)
         return None if plain else causal_mask(batch, window, base.model.dtype)
     by_type = {kind: mask(window if kind == "sliding_attention" else None) for kind in types}
-    return dict(attention_mask=by_type or mask(window), position_ids=None if single else batch.positions)
+    # Without positions some models would count them in the mask.
+    columns = torch.arange(batch.ids.shape[1], device=batch.ids.device)[None]       # [1, S]
+    return dict(attention_mask=by_type or mask(window), position_ids=columns if single else batch.positions)
 
 
 def causal_mask(batch, window, dtype):
@@ -81,18 +83,19 @@ def close(base, a, b, share):
 
 @torch.no_grad()
 def keeps_apart(base):
-    """Whether `ours` keep the continuations of a row apart in every layer: of two short ones, the second has the logits
-    that it has alone, whatever the first is. Raises BadInput for a model whose logits depend on later tokens."""
+    """Whether `ours` are right for this model: a row of one continuation has the logits that it has without masks, and
+    of two in a row the second has those that it has alone, whatever the first is. Raises BadInput for a model whose
+    logits depend on later tokens."""
     config, n, V = base.config, (7, 30, 5), base.config.vocab_size
     if config._attn_implementation not in ("sdpa", "eager"):                         # these take no masks of ours
         return False
     prompt, first, second, other = (probe(length, V, k) for k, length in enumerate((*n, n[1])))
-    def logits(ids, masks={}):                                                       # [S, vocabulary]
+    def logits(ids, masks={}, rows=1):                                               # [S, vocabulary]
         with base.activate({"factors": {}, "at": None}):
-            ids = torch.tensor([ids], device=base.device)
+            ids = torch.tensor([ids] * rows, device=base.device)
             return base.model(input_ids=ids, use_cache=False, **masks).logits[0]
-    def last(ids, masks={}):
-        return logits(ids, masks)[-n[2]:]                                            # of the second continuation
+    def last(*args):
+        return logits(*args)[-n[2]:]                                                 # of the second continuation
     if not close(base, logits(prompt), logits(prompt + first)[:n[0]], 0.3):
         raise BadInput(f"{base.name}: the logits of {type(base.model).__name__} depend on later tokens; it is no "
                        "causal language model")
@@ -103,10 +106,12 @@ def keeps_apart(base):
     positions = torch.where(segments == 2, columns - n[1], columns)
     try:
         masks = ours(base, SimpleNamespace(ids=columns, segments=segments, positions=positions))
-        packed = last(prompt + first + second, masks)
+        row = columns[:, :n[0] + n[2]]
+        single = ours(base, SimpleNamespace(ids=row, segments=None, positions=row))
+        packed, alone = last(prompt + first + second, masks), last(prompt + second)
         return (close(base, packed, last(prompt + other + second, masks), 0.02)
                 and not torch.equal(packed, last(prompt + first + second, {**masks, "position_ids": columns}))
-                and close(base, packed, last(prompt + second), 0.3))
+                and close(base, packed, alone, 0.3) and close(base, last(prompt + second, single, 2), alone, 0.3))
     except Exception:                                                                # it takes no masks of this form
         return False
 

@@ -80,12 +80,13 @@ def shape(linear):
 
 
 def known(names, path):
+    """Returns the value of the name in {end of a path: value} that `path` ends in, or None."""
     return next((names[end] for end in names if f".{path}".endswith(f".{end}")), None)
 
 
-def sites_of(layer, config):
-    """Returns the sites of a decoder layer, [(m, path in the layer, linear, rows or None)], and what it holds in a form
-    that is not adapted, a list of texts."""
+def projections(layer, config):
+    """Returns the projections of a decoder layer, [(m, linear, rows or None)], and what it holds in a form that is not
+    adapted, a list of texts."""
     found, left = [], []
     experts = tuple(f"{path}." for path, x in layer.named_modules()
                     if isinstance(x, nn.ModuleList) and "expert" in path)
@@ -97,7 +98,7 @@ def sites_of(layer, config):
             left.append(f"{path} (one of several)")
             continue
         try:
-            found += [(m, path, x, rows) for m, rows in (fused(config, x).items() if fused else [(m, None)])]
+            found += [(m, x, rows) for m, rows in (fused(config, x).items() if fused else [(m, None)])]
         except (AttributeError, RuntimeError, ValueError) as error:
             left.append(f"{path} (fused in an unknown way: {error})")
     return found, left + [f"{path} {[*p.shape]} (experts in one tensor)" for path, p in layer.named_parameters()
@@ -112,7 +113,7 @@ def find_sites(model):
     paths, config = {x: path for path, x in model.named_modules()}, model.config.get_text_config()
     for root in (model.get_decoder(), model.base_model):
         stacks = {path: x for path, x in root.named_modules() if isinstance(x, nn.ModuleList)
-                  and not NO_STACK.search(path) and any(sites_of(layer, config)[0] for layer in x)}
+                  and not NO_STACK.search(path) and any(projections(layer, config)[0] for layer in x)}
         if stacks:
             break
     if len(stacks) > 1:
@@ -125,12 +126,13 @@ def find_sites(model):
     sites, lacks, doubled, seen = {}, {}, {}, set()
     types = dict(enumerate(getattr(config, "layer_types", None) or ()))
     for l, layer in enumerate(blocks):
-        own = config.per_layer_config[l] if getattr(config, "is_heterogeneous", False) else config
-        found, left = sites_of(layer, own)
-        recurrent = "linear" in types.get(l, "")                                     # its fused rows have other orders
-        for m, _, linear, rows in found:
-            if (linear, m) in seen or recurrent and rows is not None and m in "qkv":
-                continue                                                             # a module shared by several layers
+        of_layer = config.per_layer_config[l] if getattr(config, "is_heterogeneous", False) else config
+        found, left = projections(layer, of_layer)
+        if "linear" in types.get(l, ""):                              # recurrent layers fuse q, k and v in other orders
+            found = [(m, linear, rows) for m, linear, rows in found if rows is None or m not in "qkv"]
+        for m, linear, rows in found:
+            if (linear, m) in seen:                                                  # a module that layers share
+                continue
             if (m, l) in sites:
                 doubled[m] = f"layer {l} holds two: {sites[m, l].path} and {paths[linear]}"
             sites[m, l] = Site(linear, paths[linear], rows)

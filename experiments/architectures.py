@@ -136,8 +136,11 @@ def check_scores(base, plain, models, adapters):
     """Comparison 3."""
     items = [Item(t, tokens(n, 10 + n), [tokens(k, 20 + n + k) for k in lengths], Row("t", "", [], 0))
              for t, n, lengths in ((0, 8, (3, 1, 4)), (1, 11, (2, 5)), (0, 2, (1, 1)))]
-    for what, given, by_task in (("bare", None, [plain, plain]), ("adapted", adapters, models)):
-        for item, got in zip(items, score(base, given, items, 10 ** 6)):
+    # Rows of one continuation have other masks.
+    first = [item._replace(continuations=item.continuations[:1]) for item in items]
+    for what, given, by_task, asked in (("bare", None, [plain, plain], items), ("adapted", adapters, models, items),
+                                        ("one continuation a row:", adapters, models, first)):
+        for item, got in zip(asked, score(base, given, asked, 10 ** 6), strict=True):
             want = []
             for answer in item.continuations:
                 log_p = logits_of(by_task[item.task], item.prompt + answer[:-1]).log_softmax(-1)
