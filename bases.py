@@ -20,7 +20,7 @@ HUB = {
     "mistral-7b-v0.3": "mistralai/Mistral-7B-v0.3", "gpt-oss-20b": "openai/gpt-oss-20b", "phi-4": "microsoft/phi-4",
     "olmo-3-7b": "allenai/Olmo-3-1025-7B", "smollm3-3b": "HuggingFaceTB/SmolLM3-3B-Base",
     "lfm2-1.2b": "LiquidAI/LFM2-1.2B", "lfm2.5-1.2b": "LiquidAI/LFM2.5-1.2B-Base",
-    "granite-4-micro": "ibm-granite/granite-4.0-h-micro-base", "granite-4-1b": "ibm-granite/granite-4.0-h-1b-base",
+    "granite-4-h-micro": "ibm-granite/granite-4.0-h-micro-base", "granite-4-h-1b": "ibm-granite/granite-4.0-h-1b-base",
 }
 TOY_SEEN, TOY_UNSEEN = ("toy-qwen-s", "toy-qwen-m"), ("toy-qwen-l", "toy-gemma")     # of commands without --bases, --to
 TOY = {name: ROOT / "toy" / name for name in (*TOY_SEEN, *TOY_UNSEEN, "toy-hybrid")}
@@ -37,15 +37,22 @@ def resolve(spec):
     if path.suffix == ".gguf":
         if not path.is_file():
             raise BadInput(f"unknown base {spec!r}: there is no such .gguf file")
-        return path.stem.lower(), str(path.parent), None, path.name
+        return without_at(path.stem), str(path.parent), None, path.name
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise BadInput(f"base {spec!r} is a folder but not a model: it has no config.json")
-        return path.resolve().name.lower(), str(path), None, None
+        return without_at(path.resolve().name), str(path), None, None
     if hub := re.fullmatch(r"(\w[\w.-]*/([\w.-]+))(?:@([\w./-]+))?", spec):
         return hub[2].lower(), hub[1], hub[3], None
     raise BadInput(f"unknown base {spec!r}: accepted are {', '.join([*TOY, *HUB])}, a hub id org/name@revision, "
                    "a Hugging Face model folder or a .gguf file")
+
+
+def without_at(name):
+    """The short name of a folder or file. Raises BadInput for an @, which is what precedes n in a run's file names."""
+    if "@" in name:
+        raise BadInput(f"base {name!r}: the name of a folder or .gguf file may have no @; rename it")
+    return name.lower()
 
 
 def short_name(spec):
@@ -107,9 +114,8 @@ def load_base(spec, device="cpu", dtype=torch.float32, recompute=False, device_m
     if any(p.is_meta for p in model.parameters()):
         hint = "" if quantize else "; --quantize 4bit makes it about a third of its size"
         raise BadInput(f"base {spec!r} is too big for this machine's devices; training cannot offload a part{hint}")
-    for p in model.parameters():                                                     # GGUF loads as float32
-        if p.is_floating_point():                                                    # packed weights stay uint8 and
-            p.data = p.data.to(dtype)                                                # rotary buffers float32
+    for p in model.parameters() if gguf else ():                                     # GGUF loads as float32. Otherwise
+        p.data = p.data.to(dtype)                                                    # some weights are to stay as wide
     if not device_map:
         model.to(device)
     revision = getattr(model.config, "_commit_hash", None) or revision

@@ -225,7 +225,7 @@ def checked(args, run, saved, cfg, provenance):
     know."""
     seen = [b["base"] for b in saved["bases"]]
     held = [*seen, *sorted({p["base"] for p in provenance.values()} - set(seen))]
-    wanted, methods = [short_name(name) for name in args.bases or held], args.methods or USUAL
+    wanted, methods = [short_name(name) for name in args.bases] if args.bases else [*held], args.methods or USUAL
     for name in wanted:
         if name not in held:
             raise BadInput(f"base {name!r} is not in {run}; it holds {', '.join(held)}; "

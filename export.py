@@ -199,7 +199,7 @@ def run_of(spec):
     folder = fetch(spec)
     if not is_artifact(folder):
         return spec
-    run = OUT / (spec if folder is not spec else folder.resolve()).name.partition("@")[0]
+    run = OUT / (folder.resolve().name if folder is spec else spec.name.partition("@")[0])
     if run.resolve() == folder.resolve():                                            # an artifact in out/
         run = run.with_name(f"{run.name}-run")
     held = provenances(run).values() if (run / "portal.json").exists() else ()

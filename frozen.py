@@ -57,6 +57,7 @@ class Base:
         for g, (m, layers, _, _) in self.groups.items():
             for index, layer in enumerate(layers):
                 linear, path, rows = self.sites[m, layer]
+                rows = rows if rows is None else rows.to(linear.weight.device)
                 self.places.setdefault(path, []).append((g, index, rows))
         if not self.sites or model.get_output_embeddings() is None:
             why = "it names no layer that makes the logits" if self.sites else self.lacks["q"]
@@ -191,13 +192,13 @@ class Base:
         new = [row[:row.index(eos)] if eos in row else row for row in new]
         return self.tokenizer.batch_decode(new, clean_up_tokenization_spaces=False)
 
-    def decode(self, prompts, max_new_tokens, eos=None, pad=0):
+    def decode(self, prompts, max_new_tokens, eos=None, masked=True):
         """transformers' output of greedy decoding from R lists of token ids: `sequences` [R, new] without the prompts,
         and `logits`, a list of [R, vocabulary]. Rows are padded on the left, so that every row's next token has the
-        same column; the mask excludes the padding."""
+        same column; the mask excludes the padding, unless not `masked`."""
         S = max(map(len, prompts))
-        ids = torch.tensor([[pad] * (S - len(p)) + p for p in prompts], device=self.device)  # [R, S]
-        mask = torch.tensor([[0] * (S - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        ids = torch.tensor([[0] * (S - len(p)) + p for p in prompts], device=self.device)  # [R, S]
+        mask = torch.tensor([[1 - masked] * (S - len(p)) + [1] * len(p) for p in prompts], device=self.device)
         out = self.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens,
                                   eos_token_id=eos, pad_token_id=0 if eos is None else eos,
                                   return_dict_in_generate=True, output_logits=True)

@@ -31,14 +31,16 @@ ALIGN = 1000  # texts for `align`, in equal parts of all tasks
 # ---------------------------------------------------------------------------------------------- P_in at the start
 @torch.no_grad()
 def layer_inputs(base, text, modules):
-    """Returns what the sites of `base` read at the S tokens of a text, {(m, layer): [S, d_in]}, and {position of a
-    character: the token that ends there}."""
+    """Returns what the sites of `base` read at the S tokens of a text, {(m, layer): [S, d_in]} of those that text
+    reaches, and {position of a character: the token that ends there}."""
     tokens = base.tokenizer(text, return_offsets_mapping=True, truncation=True, max_length=MAX_LENGTH)
     found = {}
     def record(key):
-        return lambda linear, args, y: found.update({key: args[0][0].to(base.device)})
+        return lambda linear, args, y: found.update({key: args[0].flatten(0, -2).to(base.device)})
     hooks = [site.linear.register_forward_hook(record(key)) for key, site in base.sites.items() if key[0] in modules]
-    base.model.get_decoder()(input_ids=torch.tensor([tokens.input_ids], device=base.device), use_cache=False)
+    first = torch.zeros(1, dtype=torch.long, device=base.device)                     # the one position with logits
+    with base.activate({"at": (first, first)}):
+        base.model(input_ids=torch.tensor([tokens.input_ids], device=base.device), use_cache=False)
     for hook in hooks:
         hook.remove()
     return found, {end: k for k, (start, end) in enumerate(tokens.offset_mapping) if end > start}
@@ -64,10 +66,14 @@ def align(converter, base, like, source, texts):
         at, source_at = [ends[c] for c in shared], [source_ends[c] for c in shared]
         for m in modules:
             for (layer, g, _), (source_layer, source_g, _) in same_depths(base, source, m):
+                if (m, layer) not in x or (m, source_layer) not in source_x:
+                    continue
                 X = x[m, layer][at].double()                                         # [S, d_in]
                 Y = source_x[m, source_layer][source_at].double() @ source_P[source_g].T     # [S, d_c]
                 XX[g], XY[g] = XX[g] + X.T @ X, XY[g] + X.T @ Y
     for g, P_in in converter.P_in.items():
+        if not torch.is_tensor(XX[g]):                                               # text does not reach these sites
+            continue
         ridge = 1e-2 * XX[g].diagonal().mean() * torch.eye(len(XX[g]), dtype=torch.float64, device=base.device)
         P_in.copy_(torch.linalg.solve(XX[g] + ridge, XY[g]).T)                       # [d_c, d_in]
 

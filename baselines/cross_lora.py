@@ -70,7 +70,10 @@ def delta_norm(A, B):
 def transfer(method, adapters, source, target):
     """The source base's Adapters, layer by layer through `method`, as Adapters of the target base."""
     A, B = {}, {}                                                                    # {g: [[T, ...]] a layer}
-    for m in tqdm(dict.fromkeys(source.groups[g].kind for g in adapters.A), desc=f"transfer to {target.name}", delay=2,
+    kinds = dict.fromkeys(source.groups[g].kind for g in adapters.A)
+    if lost := [m for m in kinds if m in target.lacks]:
+        print(f"{target.name} has no {', '.join(lost)}, which the LoRA of {source.name} adapts")
+    for m in tqdm(kinds, desc=f"transfer to {target.name}", delay=2,
                   leave=False, disable=NO_BAR):
         for (l, g, _), (s, source_g, k) in same_depths(target, source, m):
             a, b = (factors[source_g][:, k] for factors in (adapters.A, adapters.B))

@@ -152,20 +152,27 @@ def check_scores(base, plain, models, adapters):
 def check_decoding(base, models, adapters):
     """Comparison 4. Returns [], or what is to be said of transformers' own decoding of one row, which ours is compared
     with: it fails, or is not that by whole forward passes."""
-    prompts, whole, own = [tokens(11, 6), tokens(5, 7)], [], []
+    prompts, whole, own, logits = [tokens(11, 6), tokens(5, 7)], [], [], []
     for model, prompt in zip(models, prompts):
         ids = list(prompt)
         while len(ids) < len(prompt) + 5:
             ids.append(int(logits_of(model, ids)[-1].argmax()))
         whole.append(ids[len(prompt):])
         try:
-            own += model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=5, do_sample=False,
-                                  eos_token_id=None, pad_token_id=0)[:, len(prompt):].tolist()
+            out = model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=5, do_sample=False, pad_token_id=0,
+                                 eos_token_id=None, return_dict_in_generate=True, output_logits=True)
+            own += out.sequences[:, len(prompt):].tolist()
+            logits.append(out.logits)
         except Exception as error:
             return [f"transformers cannot decode with it ({first_line(error)})"]
     got = base.generate(prompts, adapters, [0, 1], 5)
     if got != own:
         raise Wrong(f"greedy decoding gives {got}, that of each row alone {own}")
+    if base.pads:                                                                    # tokens may agree by chance
+        with base.with_adapters(adapters, torch.tensor([0, 1])):
+            padded = base.decode(prompts, 5).logits
+        for step, both in enumerate(padded):
+            same(f"logits of greedy decoding, step {step}", both, torch.cat([alone[step] for alone in logits]))
     return [] if own == whole else ["transformers' own decoding is not that by whole forward passes"]
 
 

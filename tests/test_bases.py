@@ -164,6 +164,10 @@ def test_resolve(tmp_path):
         resolve("nothing.gguf")
     with pytest.raises(BadInput, match="not a model: it has no config.json"):
         resolve(str(tmp_path))
+    (tmp_path / "a@2").mkdir()
+    (tmp_path / "a@2" / "config.json").touch()
+    with pytest.raises(BadInput, match="'a@2': the name of a folder or .gguf file may have no @"):
+        resolve(str(tmp_path / "a@2"))
 
 
 def test_a_folder_loads_and_a_broken_one_is_named(tmp_path):
@@ -259,13 +263,13 @@ def test_a_layer_that_keeps_its_weight_to_itself_is_adapted_all_the_same():
     assert packed.sites["q", 0].linear.bias is not None
 
 
-def test_a_cast_leaves_packed_weights_alone(tmp_path, monkeypatch):
+def test_weights_stay_as_transformers_loaded_them(tmp_path, monkeypatch):
     folder, (packed, _) = save_tiny(tmp_path / "base"), packed_and_unpacked()
     whole = packed.model.layers[0].mlp.up_proj.weight.clone()
     monkeypatch.setattr("bases.pretrained", lambda cls, spec, **options: {
         AutoModelForCausalLM: packed, AutoConfig: packed.config, AutoTokenizer: tiny_tokenizer()}[cls])
     base = load_base(str(folder), dtype=torch.bfloat16)
-    assert torch.equal(base.sites["up", 0].linear.weight, whole) and base.model.model.norm.weight.dtype == torch.bfloat16
+    assert torch.equal(base.sites["up", 0].linear.weight, whole) and base.model.model.norm.weight.dtype == torch.float32
     assert torch.isfinite(base.logits(collate(items()), random_adapters(base))).all()
 
 

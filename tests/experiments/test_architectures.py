@@ -64,7 +64,7 @@ def test_continuations_that_see_each_other(monkeypatch):
 
 def test_padding_that_is_seen(monkeypatch):
     monkeypatch.setattr(Base, "pads", True)
-    wrong("whisper", "greedy decoding|IndexError|index")
+    wrong("whisper", "greedy decoding|IndexError")
 
 
 @pytest.mark.parametrize("change, words", [
