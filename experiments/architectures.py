@@ -9,7 +9,7 @@ Compared are, with adapters of two tasks on all projections that are found, in f
 2. logits and the gradients of A and B with those of PEFT, which reads the exported adapters;
 3. log-probabilities of several continuations of several tokens behind a prompt (score.score), with adapters and
    without, with those of plain passes over prompt + continuation;
-4. greedy decoding of prompts of different lengths with that of each alone;
+4. greedy decoding of prompts of different lengths with that of each alone: tokens, and logits to 1e-6;
 5. fused projections: whether the rows taken as q, k, v, gate and up are these, by what changes of them do;
 6. the frozen weight of every projection (Base.weight) with what the plain layer makes of random inputs.
 
@@ -172,7 +172,7 @@ def check_decoding(base, models, adapters):
         with base.with_adapters(adapters, torch.tensor([0, 1])):
             padded = base.decode(prompts, 5).logits
         for step, both in enumerate(padded):
-            same(f"logits of greedy decoding, step {step}", both, torch.cat([alone[step] for alone in logits]))
+            same(f"logits of greedy decoding, step {step}", both, torch.cat([alone[step] for alone in logits]), 1e-6)
     return [] if own == whole else ["transformers' own decoding is not that by whole forward passes"]
 
 
