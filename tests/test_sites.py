@@ -183,13 +183,13 @@ def test_what_does_not_run_on_text_alone_is_refused():
 
 
 def test_half_precision_is_transformers_own(tmp_path):
-    """Routers stay in float32 there: in bf16 they would choose other experts."""
+    """Routers stay in float32 there, in newer releases: in bf16 they would choose other experts."""
     tiny_model("deepseek_v3").save_pretrained(tmp_path / "moe")
     tiny_tokenizer().save_pretrained(tmp_path / "moe")
     base = load_base(str(tmp_path / "moe"), dtype=torch.bfloat16)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "moe", dtype=torch.bfloat16).eval()
     dtypes = [p.dtype for p in model.parameters()]
-    assert [p.dtype for p in base.model.parameters()] == dtypes and len(set(dtypes)) == 2
+    assert [p.dtype for p in base.model.parameters()] == dtypes
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     assert torch.equal(base.model(input_ids=ids).logits, model(input_ids=ids).logits)
 

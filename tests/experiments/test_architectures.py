@@ -34,8 +34,9 @@ def test_a_structure(name):
 
 
 def test_what_is_refused_and_what_does_not_count():
-    assert check("codegen")[1:] == ("refused", "CodeGenForCausalLM has no q to adapt: layer 0 has none among attn.out_proj, "
-                                               "attn.qkv_proj, mlp.fc_in, mlp.fc_out")
+    _, verdict, why = check("codegen")
+    assert verdict == "refused" and why.startswith("CodeGenForCausalLM has no q to adapt: layer 0 has none among attn.")
+    assert "attn.qkv_proj" in why
     assert check("bert")[1] == check("mamba")[1] == "not counted" and check("no such type")[1] == "not built"
 
 
