@@ -62,7 +62,7 @@ class Base:
         if not self.sites or model.get_output_embeddings() is None:
             why = "it names no layer that makes the logits" if self.sites else self.lacks["q"]
             raise BadInput(f"{name}: {type(model).__name__} is not supported: {why}")
-        self.linears = {path: model.get_submodule(path) for path in self.places}
+        self.linears = {site.path: site.linear for site in self.sites.values()}
         for path, linear in self.linears.items():
             model.set_submodule(path, Adapted(linear, path, self.active))
         self.head_hook = model.get_output_embeddings().register_forward_pre_hook(self.pick)
@@ -95,8 +95,10 @@ class Base:
     def weight(self, m, layer):
         """The frozen weight W [d_out, d_in] of a site, on `device`."""
         linear, path, rows = self.sites[m, layer]
-        if type(linear) in (nn.Linear, Conv1D):
-            W = linear.weight if type(linear) is nn.Linear else linear.weight.T
+        if type(linear) is nn.Linear:
+            W = linear.weight
+        elif type(linear) is Conv1D:
+            W = linear.weight.T
         else:
             # Only a quantised layer's own forward can read its weight: W = (W I), without the bias.
             eye = torch.eye(shape(linear)[0], dtype=self.model.dtype, device=linear.weight.device)

@@ -93,24 +93,31 @@ def logits(base, ids, last, behind=0, masks={}, rows=1):
         return base.model(input_ids=torch.tensor([ids] * rows, device=base.device), use_cache=False, **masks).logits[0]
 
 
-@torch.no_grad()
-def keeps_apart(base):
-    """Whether `ours` are right for this model: a row of one continuation has the logits that it has without masks, and
-    of two in a row the second has those that it has alone, whatever the first is. Raises BadInput for a model that does
-    not run on text alone, and for one whose logits depend on later tokens."""
-    config, n, V = base.config, (7, 30, 5), base.config.vocab_size
-    if config._attn_implementation not in ("sdpa", "eager"):                         # these take no masks of ours
-        return False
-    prompt, first, second, other = (probe(length, V, k) for k, length in enumerate((*n, n[1])))
+def require_causal(base, prompt, first, second):
+    """Raises BadInput for a model that does not run on text alone, and for one whose logits at a prompt's last tokens
+    depend on what is behind them. first, second: other token ids; second in place of the prompt gives wrong logits."""
+    last, behind = len(second), len(first)
     try:
-        early, late = logits(base, prompt, n[2]), logits(base, prompt + first, n[2], behind=n[1])
+        early, late = logits(base, prompt, last), logits(base, prompt + first, last, behind)
     except Exception as error:
         if out_of_memory(error):
             raise
         raise BadInput(f"{base.name}: {type(base.model).__name__} does not run on text alone: {first_line(error)}")
-    if not same(base, early, late, logits(base, second + first, n[2], behind=n[1])):
+    if not same(base, early, late, logits(base, second + first, last, behind)):
         raise BadInput(f"{base.name}: the logits of {type(base.model).__name__} depend on later tokens; it is no "
                        "causal language model")
+
+
+@torch.no_grad()
+def keeps_apart(base):
+    """Whether `ours` are right for this model: a row of one continuation has the logits that it has without masks, and
+    of two in a row the second has those that it has alone, whatever the first is. Raises BadInput, see
+    require_causal."""
+    config, n, V = base.config, (7, 30, 5), base.config.vocab_size
+    if config._attn_implementation not in ("sdpa", "eager"):                         # these take no masks of ours
+        return False
+    prompt, first, second, other = (probe(length, V, k) for k, length in enumerate((*n, n[1])))
+    require_causal(base, prompt, first, second)
     if has_other_windows(config) or layer_types(config) - {"full_attention", "sliding_attention"}:
         return False
     columns = torch.arange(sum(n), device=base.device)[None]                         # [1, S]

@@ -21,7 +21,7 @@ def score(base, adapters, items, max_tokens):
     """Returns for every item, in order, the log-probability of each of its continuations, a list of floats. adapters
     None: the bare base. A prompt is encoded once with its continuations behind it, where the base's layers can keep
     them apart (Base.packs); micro-batches mix tasks."""
-    rows = items if base.packs else [row for item in items for row in item.rows()]
+    split = [[item] if base.packs else item.rows() for item in items]
     def log_p_of(items):
         found, parts = {}, micro_batches(items, max_tokens)
         for part in tqdm(parts, desc=f"scoring on {base.name}", unit="batch", delay=2, leave=False, disable=NO_BAR):
@@ -32,8 +32,8 @@ def score(base, adapters, items, max_tokens):
             sums = iter(sums.index_add_(0, batch.owner, log_p.double()).tolist())
             found.update({id(item): [next(sums) for _ in item.continuations] for item in part})
         return [found[id(item)] for item in items]
-    log_p = iter(map_sharded(log_p_of, rows))
-    return [next(log_p) if base.packs else sum((next(log_p) for _ in item.rows()), []) for item in items]
+    log_p = iter(map_sharded(log_p_of, [row for rows in split for row in rows]))
+    return [[value for _ in rows for value in next(log_p)] for rows in split]
 
 
 def full_precision(logits):

@@ -71,10 +71,7 @@ def transfer(method, adapters, source, target):
     """The source base's Adapters, layer by layer through `method`, as Adapters of the target base."""
     A, B = {}, {}                                                                    # {g: [[T, ...]] a layer}
     kinds = dict.fromkeys(source.groups[g].kind for g in adapters.A)
-    if lost := [m for m in kinds if m in target.lacks]:
-        print(f"{target.name} has no {', '.join(lost)}, which the LoRA of {source.name} adapts")
-    for m in tqdm(kinds, desc=f"transfer to {target.name}", delay=2,
-                  leave=False, disable=NO_BAR):
+    for m in tqdm(kinds, desc=f"transfer to {target.name}", delay=2, leave=False, disable=NO_BAR):
         for (l, g, _), (s, source_g, k) in same_depths(target, source, m):
             a, b = (factors[source_g][:, k] for factors in (adapters.A, adapters.B))
             a, b = method(a, b, source.weight(m, s), target.weight(m, l))
@@ -90,6 +87,8 @@ def transfer_all(run, tag, target, source, seed, held, max_tokens):
     loras = run / "baselines" / "lora" / f"{source.name}.safetensors"
     origin = dict(source=source.name, target=target.origin, seed=seed,
                   lora=hashlib.sha256(loras.read_bytes()).hexdigest())         # not a date: two fits may share a second
+    if lost := [m for m in source.kinds if m in target.lacks]:
+        print(f"{target.name} has no {', '.join(lost)}, which the LoRA of {source.name} adapts")
     drawn = functools.partial(random, generator=torch.Generator().manual_seed(seed))
     for name, method in dict(cross_lora=cross_lora, copy=copy, random=drawn).items():
         path = run / "baselines" / name / f"{tag}.json"

@@ -7,7 +7,8 @@ from conftest import command, one_line
 
 import sites
 from experiments import architectures, tiny_models
-from experiments.architectures import Exact, check, in_a_process, report
+from experiments.architectures import check, in_a_process, report
+from experiments.comparisons import Exact
 from frozen import Base
 from portal import Adapters
 
