@@ -1,11 +1,22 @@
-"""Bases by name: an alias, a folder, a .gguf file or a hub id, loaded as a frozen.Base."""
-import importlib.util, os, pathlib, re, sys
+"""Bases by name: an alias, a folder, a .gguf file or a hub id, loaded as a frozen.Base.
 
+A base has one identity, a Source. Every command names a base by it: its files in a run by `name`, its provenance by
+`id`, the commit of a hub id and the fingerprint of its files, with which it is loaded again.
+"""
+import contextlib, functools, importlib.util, os, pathlib, re, sys
+from typing import NamedTuple
+
+import huggingface_hub
 import torch
-from transformers import (MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText,
-                          AutoTokenizer, BitsAndBytesConfig)
-from transformers.utils.logging import disable_progress_bar
+from transformers import (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig,
+                          AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig,
+                          GenerationConfig)
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+from transformers.utils.peft_utils import find_adapter_config_file
 
+import tokens
+from checkpoints import (BITS, DEQUANTISED, check_complete, check_purpose, check_values, dequantised, fingerprint,
+                         quantisation, right_tokenizer, weight_files)
 from frozen import Base
 from runtime.distributed import RANK
 from runtime.files import ROOT, BadInput, first_line
@@ -22,73 +33,164 @@ HUB = {
     "lfm2-1.2b": "LiquidAI/LFM2-1.2B", "lfm2.5-1.2b": "LiquidAI/LFM2.5-1.2B-Base",
     "granite-4-h-micro": "ibm-granite/granite-4.0-h-micro-base", "granite-4-h-1b": "ibm-granite/granite-4.0-h-1b-base",
 }
+OTHER_WEIGHTS = "bin pt pth ckpt gguf h5 msgpack onnx ot tflite".split()              # files of other formats
 TOY_SEEN, TOY_UNSEEN = ("toy-qwen-s", "toy-qwen-m"), ("toy-qwen-l", "toy-gemma")     # of commands without --bases, --to
 TOY = {name: ROOT / "toy" / name for name in (*TOY_SEEN, *TOY_UNSEEN, "toy-hybrid")}
+set_verbosity_error()                             # what it would report of a load is an error here: check_complete
 if RANK or not sys.stderr.isatty():
     disable_progress_bar()
 
 
-def resolve(spec):
-    """(short name, where it is loaded from, revision or None, gguf file or None) of the base that `spec` names.
-    spec: an alias of HUB or TOY, a model folder, a .gguf file, or org/name@revision on the hub; else BadInput."""
+class Source(NamedTuple):
+    """Where a base comes from."""
+    name: str      # short: it names the base's files in a run
+    where: str     # what from_pretrained takes: a hub id, or the absolute path of a folder
+    revision: str  # of a hub id: a branch, tag or commit, or None for its main branch
+    gguf: str      # the name of a .gguf file in the folder `where`, or None
+    id: str        # what the provenance records: an alias of the toy, a hub id, or an absolute path with links as given
+
+    @property
+    def on_hub(self):
+        return not os.path.isabs(self.where)
+
+
+def source_of(spec):
+    """Returns the Source that `spec` names, whether or not it exists. The short name is the alias, or the last part of
+    the hub id or path, in small letters."""
     path = TOY.get(spec, pathlib.Path(os.path.expanduser(spec)))
+    hub = re.fullmatch(r"(\w[\w.-]*/(\w[\w.-]*))(?:@([\w./-]+))?", spec)
     if spec in HUB:
-        return spec, HUB[spec], None, None
+        return Source(spec, HUB[spec], None, None, HUB[spec])
+    if hub and not os.path.lexists(path) and path.suffix != ".gguf":
+        return Source(hub[2].lower(), hub[1], hub[3], None, hub[1])
+    path = path.absolute()
+    path = path.resolve() if path.name == ".." else path
     if path.suffix == ".gguf":
-        if not path.is_file():
-            raise BadInput(f"unknown base {spec!r}: there is no such .gguf file")
-        return without_at(path.stem), str(path.parent), None, path.name
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise BadInput(f"base {spec!r} is a folder but not a model: it has no config.json")
-        return without_at(path.resolve().name), str(path), None, None
-    if hub := re.fullmatch(r"(\w[\w.-]*/([\w.-]+))(?:@([\w./-]+))?", spec):
-        return hub[2].lower(), hub[1], hub[3], None
-    raise BadInput(f"unknown base {spec!r}: accepted are {', '.join([*TOY, *HUB])}, a hub id org/name@revision, "
-                   "a Hugging Face model folder or a .gguf file")
-
-
-def without_at(name):
-    """The short name of a folder or file. Raises BadInput for an @, which is what precedes n in a run's file names."""
-    if "@" in name:
-        raise BadInput(f"base {name!r}: the name of a folder or .gguf file may have no @; rename it")
-    return name.lower()
+        return Source(path.stem.lower(), str(path.parent), None, path.name, str(path))
+    return Source(path.name.lower(), str(path), None, None, spec if spec in TOY else str(path))
 
 
 def short_name(spec):
-    """resolve()'s short name of a base that a run has recorded, whether or not the base still exists."""
-    return pathlib.Path(spec.split("@")[0]).name.removesuffix(".gguf").lower()
+    """Returns the short name of the base that `spec` names, whether or not it exists."""
+    return source_of(spec).name
+
+
+def resolve(spec):
+    """Returns the Source of the base that `spec` names: an alias of HUB or TOY, a model folder, a .gguf file, or
+    org/name@revision on the hub. Raises BadInput if there is no such file or folder."""
+    source = source_of(spec)
+    path = pathlib.Path(source.where, source.gguf or "")
+    if source.on_hub:
+        if path.exists():                                                            # transformers would prefer it
+            raise BadInput(f"base {spec!r}: a folder {path} is here, which has the name of its hub id; rename it, or "
+                           f"name it as ./{path}")
+        return source
+    if path.is_dir() and not (path / "config.json").is_file():
+        adapter = (path / "adapter_config.json").is_file()
+        raise BadInput(f"base {spec!r} is a folder but not a model: it has no config.json"
+                       + "; it holds an adapter, which is to be merged into its base first" * adapter)
+    if re.search(r"-\d{5}-of-\d{5}\.gguf$", path.name):
+        raise BadInput(f"base {path} is one part of a split file; llama-gguf-split --merge makes one file of all parts")
+    if "@" in source.name:                                                           # it comes before n in file names
+        raise BadInput(f"base {path.name!r}: the name of a folder or .gguf file may have no @; rename it")
+    if not (path.is_file() if source.gguf else path.is_dir()):
+        why = "there is no such .gguf file; " * bool(source.gguf) + "a file; name its folder; " * path.is_file()
+        raise BadInput(f"unknown base {spec!r}: {why}accepted are {', '.join([*TOY, *HUB])}, a hub id "
+                       "org/name@revision, a Hugging Face model folder or a .gguf file")
+    return source
 
 
 def short_names(specs):
-    """resolve()'s short names, which name the bases' files in a run. Raises BadInput if two are the same."""
-    names = [resolve(spec)[0] for spec in specs]
-    if len(set(names)) < len(names):
-        raise BadInput(f"bases {', '.join(specs)}: two of them have the same short name, which names their files")
-    return names
+    """Returns the short names of bases, which name their files in a run. Raises BadInput if two are the same, or two
+    names are one base."""
+    sources = {spec: resolve(spec) for spec in specs}
+    for spec, source in sources.items():
+        for other, its in sources.items():
+            if spec < other and (source.name == its.name or same(source, its)):
+                raise BadInput(f"bases {spec}, {other}: " + (
+                    "two of them have the same short name, which names their files" if source.name == its.name else
+                    "two names of one base"))
+    return [source.name for source in sources.values()]
 
 
-def lasting(spec):
-    """The name of a base in its provenance: an alias of the toy, a hub id, or an absolute path."""
-    _, where, _, gguf = resolve(spec)
-    path = pathlib.Path(where, gguf or "")
-    return spec if spec in TOY else str(path.resolve()) if path.exists() else where
+def same(source, other):
+    """Whether two Sources are one base: the same hub id, or paths that lead to one file or folder."""
+    paths = [pathlib.Path(each.where, each.gguf or "") for each in (source, other)]
+    return paths[0] == paths[1] or all(path.exists() for path in paths) and paths[0].samefile(paths[1])
 
 
-def pretrained(cls, spec, **options):
-    """cls.from_pretrained of what `spec` names (see `resolve`), without remote code. Raises BadInput if it fails."""
-    _, where, revision, gguf = resolve(spec)
+def find_base(held, spec, run):
+    """Returns the tag of the base of a run that `spec` names: the tag itself, a short name, or whatever leads to the
+    base recorded: its alias, hub id (with the revision asked for at the time, or the commit), folder or .gguf file.
+    held {tag: provenance}. Raises BadInput, also for a base of the same short name from somewhere else."""
+    source = source_of(spec)
+    if os.sep not in spec and source.name in held:
+        return source.name
+    for tag, p in held.items():
+        if same(source, source_of(p["id"])) and source.revision in (None, p["revision"], p.get("requested") or "main"):
+            return tag
+    if p := held.get(source.name):
+        its = "@".join(filter(None, (p["id"], p["revision"])))
+        raise BadInput(f"base {spec!r} is not the base {source.name} of {run}, which is {its}")
+    raise BadInput(f"base {spec!r} is not in {run}; it holds {', '.join(held) or 'none'}; "
+                   "python port.py --to NAME adds one")
+
+
+# ---------------------------------------------------------------------------------------------- loading
+def pinned(source):
+    """Returns (source with the commit that its revision is now, the folder that holds its files); of a folder or .gguf
+    file as it is. Raises BadInput if the hub, or its cache, has no such base, or an adapter lies beside it."""
     try:
-        return cls.from_pretrained(where, revision=revision, trust_remote_code=False,
-                                   **({"gguf_file": gguf} if gguf else {}), **options)
+        if not source.gguf and find_adapter_config_file(source.where, revision=source.revision):
+            raise BadInput(f"base {source.where} holds an adapter, too (adapter_config.json), which transformers would "
+                           "add in silence; move its files elsewhere, or merge it into the base first")
+        if not source.on_hub:
+            return source, pathlib.Path(source.where)
+        path = pathlib.Path(huggingface_hub.hf_hub_download(source.where, "config.json", revision=source.revision))
+    except BadInput:
+        raise
+    except Exception as error:                                                       # of the network or the hub
+        at = f"@{source.revision}" if source.revision else ""
+        raise BadInput(f"base {source.where}{at} could not be loaded from the hub: {first_line(error)}")
+    return source._replace(revision=path.parent.name), path.parent                   # .../snapshots/<commit>
+
+
+def pretrained(cls, source, **options):
+    """Returns cls.from_pretrained of a Source, or of what a spec names, without remote code. Raises BadInput if it
+    fails."""
+    source = source if isinstance(source, Source) else pinned(resolve(source))[0]
+    try:
+        return cls.from_pretrained(source.where, revision=source.revision, trust_remote_code=False,
+                                   **({"gguf_file": source.gguf} if source.gguf else {}), **options)
     except Exception as error:                                                       # a broken folder raises anything
-        raise BadInput(f"base {spec!r} could not be loaded from {where}: {first_line(error)}")
+        raise BadInput(f"base {source.name!r} could not be loaded from {source.where}: {first_line(error)}")
+
+
+def load_tokenizer(source):
+    """Returns the tokenizer of a Source, or of what a spec names, prepared for `encode`: see tokens.prepare."""
+    source, folder = pinned(source if isinstance(source, Source) else resolve(source))
+    tokenizer = pretrained(AutoTokenizer, source)
+    if not source.gguf:
+        tokenizer = right_tokenizer(source.name, tokenizer, folder)
+    return tokens.prepare(tokenizer, pretrained(AutoConfig, source), eos_of(source))
+
+
+def eos_of(source):
+    """The EOS token ids that a base's generation_config.json names (an int or a list), or None."""
+    try:
+        return GenerationConfig.from_pretrained(source.where, revision=source.revision).eos_token_id
+    except (OSError, ValueError):                                                    # most often there is none
+        return None
 
 
 def auto_class(config):
-    """The transformers class that loads a model of this config. Where the causal language models do not know it, it may
-    be one that reads images, too; its text decoder is what is adapted."""
-    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+    """The transformers class that loads a model of this config: the one that config.json names, which may read images,
+    too, so that a module has the path that others know it by. Its text decoder is what is adapted."""
+    images = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and (
+            images is None or images.__name__ not in (config.architectures or ())):
+        return AutoModelForCausalLM
+    return AutoModelForImageTextToText
 
 
 def four_bits(device, dtype):
@@ -100,34 +202,86 @@ def four_bits(device, dtype):
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
-def load_base(spec, device="cpu", dtype=torch.float32, recompute=False, device_map=None, quantize=None):
-    """The Base that `spec` names, its weights from safetensors or GGUF only. Raises BadInput if it cannot be loaded.
-    recompute: see Base.recompute_layers. device_map: accelerate's, instead of all on `device`; "auto" distributes the
-    layers over the GPUs. quantize: None or "4bit"."""
-    name, _, revision, gguf = resolve(spec)
-    options = dict(dtype=torch.float32) if gguf else dict(dtype=dtype, use_safetensors=True)
-    if quantize:
+def reading(source, config, device, dtype, quantize, device_map):
+    """Returns (how the weights are quantised or None, from_pretrained's options) for a base with this config.
+    quantize: see load_base. Raises BadInput if it does not go with the files."""
+    own = None if source.gguf else quantisation(source.name, config)
+    if quantize not in (None, own, *["4bit"] * (own is None)):
+        raise BadInput(f"base {source.name!r}: --quantize {quantize} does not go with its weights, which are "
+                       f"{own or 'not quantised'}")
+    options = dict(dtype=torch.float32) if source.gguf else dict(dtype=dtype, use_safetensors=True)
+    if quantize and not own:
         options["quantization_config"] = four_bits(device, dtype)
+    if own in DEQUANTISED:
+        options["config"] = dequantised(config)
+    if (quantize or own) in BITS.values():
         device_map = device_map or {"": torch.empty(0, device=device).device}        # packed weights cannot move later
-    model = pretrained(auto_class(pretrained(AutoConfig, spec)), spec, device_map=device_map, **options)
-    # What fits on no device, accelerate offloads and fetches layer by layer. A backward pass would keep all of it.
-    if any(p.is_meta for p in model.parameters()):
-        hint = "" if quantize else "; --quantize 4bit makes it about a third of its size"
-        raise BadInput(f"base {spec!r} is too big for this machine's devices; training cannot offload a part{hint}")
-    for p in model.parameters() if gguf else ():                                     # GGUF loads as float32. Otherwise
+    return own or quantize, dict(options, device_map=device_map)
+
+
+def load_base(spec, device="cpu", dtype=torch.float32, recompute=False, device_map=None, quantize=None):
+    """Returns the Base that `spec` (or a Source) names, its weights from safetensors or GGUF only. Raises BadInput if
+    it cannot be loaded, or not completely. recompute: see Base.recompute_layers. device_map: accelerate's, instead of
+    all on `device`; "auto" distributes the layers over the GPUs. quantize: "4bit", or what the files themselves are."""
+    asked = spec if isinstance(spec, Source) else resolve(spec)
+    source, folder = pinned(asked)
+    config = pretrained(AutoConfig, source)
+    check_purpose(source.name, config)
+    quantize, options = reading(source, config, device, dtype, quantize, device_map)
+    listed = getattr(config, "transformers_weights", None)
+    if not source.on_hub:                                                            # else they are yet to be fetched
+        weight_files(folder, source.gguf, listed)
+    model, info = pretrained(auto_class(config), source, output_loading_info=True, **options)
+    files = weight_files(folder, source.gguf, listed)
+    check_complete(source.name, model, info)
+    if not (quantize or source.gguf):
+        check_values(source.name, model, files)
+    for p in model.parameters() if source.gguf else ():                              # GGUF loads as float32. Otherwise
         p.data = p.data.to(dtype)                                                    # some weights are to stay as wide
-    if not device_map:
+    if not options["device_map"]:
         model.to(device)
-    revision = getattr(model.config, "_commit_hash", None) or revision
-    base = Base(model, pretrained(AutoTokenizer, spec), name, lasting(spec), revision, quantize)
+    base = Base(model, load_tokenizer(source), source.name, dict(
+        id=source.id, revision=source.revision, requested=asked.revision, quantize=quantize,
+        fingerprint=fingerprint(folder, files, source.gguf)))
     if recompute:
         base.recompute_layers()
     return base
 
 
-def reload_base(provenance, *args, **options):
-    """load_base of the id and exact revision in a converter's provenance, under the name that its files have."""
-    pinned = f"@{provenance['revision']}" if provenance["revision"] else ""
-    base = load_base(provenance["id"] + pinned, *args, **options)
-    base.name = provenance["base"]
+def recorded(p):
+    """Returns the Source of a base with provenance p: its id, at the commit and under the name recorded."""
+    source = resolve(p["id"])
+    if not source.on_hub and p["id"] not in TOY and not os.path.isabs(p["id"]):
+        raise BadInput(f"base {p['id']}, a hub id, has the name of a folder here; rename the folder")
+    return source._replace(name=p["base"], revision=p["revision"] if source.on_hub else None)
+
+
+def files_of(p):
+    """Returns the folder with all files of a base with provenance p, but for weights of other formats; where the hub is
+    out of reach, with those in its cache. Raises BadInput."""
+    source = recorded(p)
+    if not source.on_hub:
+        return pathlib.Path(source.where)
+    fetch = functools.partial(huggingface_hub.snapshot_download, source.where, revision=source.revision,
+                              ignore_patterns=[f"*.{kind}" for kind in OTHER_WEIGHTS])
+    try:
+        return pathlib.Path(fetch())
+    except Exception:                                                                # of the network or the hub
+        with contextlib.suppress(Exception):
+            folder = fetch(local_files_only=True)
+            print(f"base {source.where}: the hub is out of reach; its files are taken from {folder}")
+            return pathlib.Path(folder)
+        raise BadInput(f"base {source.where}: its files could not be loaded from the hub")
+
+
+def reload_base(provenance, *args, allow_changed=False, **options):
+    """Returns load_base of the id and commit in a converter's provenance, under the name that its files have. Raises
+    BadInput if its files are no longer those that the converter was fitted on, unless allow_changed."""
+    source = recorded(provenance)
+    base = load_base(source, *args, **options)
+    before = provenance.get("fingerprint") or {}
+    changed = [part for part, digest in before.items() if digest != base.provenance["fingerprint"].get(part)]
+    if changed and not allow_changed:
+        raise BadInput(f"base {base.name}: {' and '.join(changed)} in {source.where} are not those that its converter "
+                       "was fitted on; restore them, fit it again, or go on with --allow-changed-base")
     return base

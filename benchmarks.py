@@ -6,9 +6,11 @@
 import json, pathlib, random, re
 from collections import Counter
 
-from data import MAX_LENGTH, encode, load_tasks
+from bases import load_tokenizer
+from data import as_read, load_tasks, twins
 from runtime.files import BadInput, first_line, write_whole
 from runtime.flags import parse, run_main
+from tokens import MAX_LENGTH, around, limits, odd_rows, to_items, tokenize
 
 
 # A formatter takes a row of the hub's data set and returns (prompt, choices, gold_idx), each prompt in the form of
@@ -114,14 +116,17 @@ MAX_ROWS = {"train": 2000, "eval": 1000}
 
 
 def format_row(task, upstream):
-    """Return the JSONL form of one row of the hub's data set, or None if it lacks a prompt, choices or the gold one."""
+    """Return the JSONL form of one row of the hub's data set, or why it is left out: it lacks a prompt ("without a
+    prompt"), choices or the gold one, or the gold one stands there twice ("malformed")."""
     try:
         prompt, choices, gold = BENCHMARKS[task][-1](upstream)
     except ValueError:  # no answer, an answer that is not among the choices, no blank
-        return None
+        return "malformed"
     choices = [" " + choice.strip() for choice in choices]
-    if prompt and len(choices) > 1 and all(choice.strip() for choice in choices) and 0 <= gold < len(choices):
-        return {"task": task, "prompt": prompt, "choices": choices, "gold_idx": gold}
+    if len(choices) < 2 or not all(map(as_read, choices)) or not 0 <= gold < len(choices) or twins(choices, gold):
+        return "malformed"
+    row = {"task": task, "prompt": prompt, "choices": choices, "gold_idx": gold}
+    return row if as_read(prompt) else "without a prompt"
 
 
 def build(out, tasks=tuple(BENCHMARKS)):
@@ -136,9 +141,9 @@ def build(out, tasks=tuple(BENCHMARKS)):
         if splits[0] == splits[1]:  # truthfulqa has one split of 817 rows: mix its topics, then 417 train and 400 eval
             random.Random(0).shuffle(train)
             train, evaluation = train[400:], train[:400]
-        rows = {split: [row for r in upstream if (row := format_row(task, r))]
-                for split, upstream in (("train", train), ("eval", evaluation))}
-        malformed = len(train) + len(evaluation) - sum(map(len, rows.values()))
+        found = {"train": [format_row(task, r) for r in train], "eval": [format_row(task, r) for r in evaluation]}
+        rows = {split: [row for row in own if isinstance(row, dict)] for split, own in found.items()}
+        dropped = Counter(why for own in found.values() for why in own if isinstance(why, str))
         seen = {row["prompt"] for row in rows["eval"]}                               # before eval is cut to its maximum
         unseen = [row for row in rows["train"] if row["prompt"] not in seen]
         leaked, rows["train"] = len(rows["train"]) - len(unseen), unseen
@@ -148,16 +153,20 @@ def build(out, tasks=tuple(BENCHMARKS)):
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[split])
             write_whole(pathlib.Path(out, task, f"{split}.jsonl"), lambda path: path.write_text(text, encoding="utf-8"))
         print(f"{task:14s} train {len(rows['train']):5d}  eval {len(rows['eval']):5d}  "
-              f"dropped: {malformed} malformed, {leaked} train rows also in eval")
+              f"dropped: {dropped['without a prompt']} without a prompt, {dropped['malformed']} malformed, "
+              f"{leaked} train rows also in eval")
+
+
+def note(what, examples, before=""):
+    """Prints a count of examples and the end of the first."""
+    example = f", such as {json.dumps(examples[0][-60:], ensure_ascii=False)}" if examples else ""
+    print(f"  {before}{len(examples)} {what}{example}")
 
 
 def describe(task, splits):
     """Print kind and number of a task's rows, the balance of the gold choice, duplicates, and the splits' overlap."""
     def shares(values):
         return ", ".join(f"{value} {n / len(values):.0%}" for value, n in sorted(Counter(values).items()))
-    def note(what, prompts):
-        example = f", such as {json.dumps(prompts[0][-60:], ensure_ascii=False)}" if prompts else ""
-        print(f"  {len(prompts)} {what}{example}")
     train, evaluation = splits.values()
     kind = "no good rows" if not train + evaluation else "completions" if (train + evaluation)[0].open else "choices"
     print(f"{task}: {kind}, train {len(train)}, eval {len(evaluation)}")
@@ -167,39 +176,77 @@ def describe(task, splits):
             if len({tuple(sorted(row.choices)) for row in rows}) == 1:               # one set of labels in any order
                 texts = shares([json.dumps(row.choices[row.gold], ensure_ascii=False) for row in rows])
                 print(f"  {split} gold text: {texts}")
-        counts = Counter((row.prompt, tuple(row.choices), row.gold) for row in rows)
+        counts = Counter((as_read(row.prompt), *map(as_read, row.choices), row.gold) for row in rows)
         note(f"duplicate rows in {split}", [row[0] for row, n in counts.items() for _ in range(n - 1)])
-    seen = {row.prompt for row in train}
-    note("eval rows whose prompt is in train, too", [row.prompt for row in evaluation if row.prompt in seen])
+    seen = {as_read(row.prompt) for row in train}
+    note("eval rows whose prompt is in train, too", [row.prompt for row in evaluation if as_read(row.prompt) in seen])
+
+
+def odd_texts(rows):
+    """Return {what: [example]} of rows that can be trained on but are seldom meant, an example a row."""
+    gold, odd = {}, {}
+    def count(what, example):
+        odd.setdefault(what, []).append(example)
+    for row in rows:
+        if not row.open:
+            same = gold.setdefault((as_read(row.prompt), *sorted(map(as_read, row.choices))), Counter())
+            same[as_read(row.choices[row.gold])] += 1
+        if not all(choice[0].isspace() for choice in row.choices):
+            choice = next(choice for choice in row.choices if not choice[0].isspace())
+            count("rows with a choice or completion that does not start with white space, so that it goes on with the "
+                  "prompt's last word", row.prompt[-40:] + choice[:20])
+        if len(set(map(as_read, row.choices))) < len(row.choices):
+            count("rows in which two wrong choices read the same", row.prompt)
+    for (prompt, *_), same in gold.items():
+        for _ in range(same.total() if len(same) > 1 else 0):
+            count("rows with the prompt and choices of another row, but another gold choice", prompt)
+    return odd
+
+
+def describe_tokens(folder, task, splits, spec, tokenizer, problems):
+    """Print the lengths of a task's rows in a base's tokens, and three rows around the joint of prompt and choices.
+    Return what odd_rows finds; append to `problems` what encode refuses."""
+    rows = splits["train"] + splits["eval"]
+    try:
+        found = tokenize(tokenizer, rows)
+        to_items(tokenizer, rows, found, [task])
+        n = len(splits["train"])                                                     # the choices encoded in use
+        cut = sum(to_items(tokenizer, rows[part], found[part], [task], choices)[1]
+                  for part, choices in ((slice(n), "gold"), (slice(n, None), "all")))
+    except BadInput as error:
+        problems.append(f"{folder / task}: {spec}: {error}")
+        return {}
+    if not rows:
+        return {}
+    lengths = sorted(len(prompt) + max(map(len, continuations if k >= n else [continuations[rows[k].gold]]))
+                     for k, (_, prompt, continuations) in enumerate(found))
+    print(f"  tokens of {spec}: median {lengths[len(lengths) // 2]}, max {lengths[-1]}; {cut} of {len(rows)} prompts "
+          f"would be cut to {min(MAX_LENGTH, limits(tokenizer).length or MAX_LENGTH)}")
+    for tokens in found[:3]:
+        print(f"    {around(tokenizer, tokens)}")
+    return odd_rows(tokenizer, rows, found)
 
 
 def check(folder, tasks=None, specs=()):
-    """Print what a folder of tasks holds, the rows' lengths in the tokens of the bases `specs`, and its problems: what
+    """Print what a folder of tasks holds, with warnings; the rows' tokens for the bases `specs`; and its problems: what
     training would refuse. Raises BadInput at the end if there are any. Duplicates, an overlap and an odd balance are
-    none."""
-    from transformers import AutoTokenizer
-    from bases import pretrained
-    problems = []
+    none, nor are they warnings."""
+    problems, warnings = [], 0
+    tokenizers = {spec: load_tokenizer(spec) for spec in specs}
     data = load_tasks(folder, tasks, problems.append)
-    tokenizers = {spec: pretrained(AutoTokenizer, spec) for spec in specs}
     for task, splits in data.items():
         describe(task, splits)
-        parts = [(splits["train"], "gold"), (splits["eval"], "all")]                 # the choices encoded in use
+        odd = [("", *found) for found in odd_texts(splits["train"] + splits["eval"]).items()]
         for spec, tokenizer in tokenizers.items():
-            try:
-                items = sum((encode(tokenizer, rows, [task], choices, 10 ** 9)[0] for rows, choices in parts), [])
-                cut = sum(encode(tokenizer, rows, [task], choices)[1] for rows, choices in parts)
-            except BadInput as error:
-                problems.append(f"{folder / task}: {spec}: {error}")
-                continue
-            lengths = sorted(len(item.prompt) + max(map(len, item.continuations)) for item in items)
-            if lengths:
-                print(f"  tokens of {spec}: median {lengths[len(lengths) // 2]}, max {lengths[-1]}; "
-                      f"{cut} of {len(items)} prompts would be cut to {MAX_LENGTH}")
+            found = describe_tokens(folder, task, splits, spec, tokenizer, problems)
+            odd += [(f"{spec}: ", *each) for each in found.items()]
+        for whose, what, examples in odd:
+            note(what, examples, f"warning: {whose}")
+        warnings += len(odd)
     if problems:
         print(*problems, sep="\n")
         raise BadInput(f"{folder}: {len(problems)} problem{'s' * (len(problems) > 1)}, named above")
-    print("no problems")
+    print("no problems" + (f"; {warnings} warning{'s' * (warnings > 1)}" if warnings else ""))
 
 
 def main(argv=None):

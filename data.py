@@ -5,20 +5,20 @@ A task is a folder, <data>/<task>/train.jsonl and eval.jsonl. Its rows are all c
     {"task": "rte", "prompt": "...\\nAnswer:", "choices": [" True", " False"], "gold_idx": 0}
     {"task": "capital", "prompt": "France's capital is", "completion": " Paris"}
 
-The white space after a prompt belongs to what follows, because the two are encoded separately and then joined.
+The white space after a prompt belongs to what follows: tokenizers join it to the next word (tokens.py).
 
     python data.py --out data/                        builds the write-up's 14 benchmarks from the hub, in this form
     python data.py --check data/ --bases qwen3-1.7b   lists what a folder holds and what is wrong with it
 """
-import json, pathlib, random, runpy
+import json, pathlib, random, runpy, unicodedata
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from runtime.files import BadInput
-
-MAX_LENGTH = 1024  # tokens of a prompt with its longest choice
+from tokens import MAX_LENGTH, Item, encode
 
 
 class Row(NamedTuple):
@@ -37,22 +37,54 @@ class Row(NamedTuple):
         return "a completion" if self.open else "choices"
 
 
+INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u061c\u200b\u200e\u200f\u2060\ufeff"))  # a joiner changes what one sees
+
+
+def visible(text):
+    return text.translate(INVISIBLE)
+
+
+def as_read(text):
+    """Return a text as a person reads it: visible, in NFC, its white space collapsed and stripped."""
+    return " ".join(unicodedata.normalize("NFC", visible(text)).split())
+
+
+def twins(choices, k):
+    """Return the indices of the other choices that a person reads as the same text as choice k."""
+    return [other for other, text in enumerate(choices) if other != k and as_read(text) == as_read(choices[k])]
+
+
 def stop(problem):
     raise BadInput(problem)
+
+
+def unique(pairs):
+    """Return a JSON object, for json's object_pairs_hook. Raises BadInput for a key that stands twice."""
+    for key, n in Counter(key for key, _ in pairs).items():
+        if n > 1:
+            raise BadInput(f"the key {key!r} stands {n} times in one object")
+    return dict(pairs)
+
+
+def not_a_number(name):
+    raise BadInput(f"{name} is not JSON")
 
 
 def read_line(line, task):
     """Return (Row, []) for one line (bytes) of a task's file, or (None, everything that is wrong with it)."""
     try:
-        row = json.loads(line.decode("utf-8"))
+        text = line.decode("utf-8-sig")                                              # with a byte-order mark or without
+        row = json.loads(text, object_pairs_hook=unique, parse_constant=not_a_number)
         json.dumps(row, ensure_ascii=False).encode()                                 # half a surrogate pair is not text
+    except BadInput as error:
+        return None, [str(error)]
     except (ValueError, RecursionError):
         return None, ['not JSON in UTF-8; a line is an object such as {"prompt": "2 + 2 =", "completion": " 4"}']
     needed = {"prompt", "completion"}, {"prompt", "choices", "gold_idx"}
     if not isinstance(row, dict) or not any(row.keys() >= keys for keys in needed):
         return None, ["prompt, choices and gold_idx are needed, or prompt and completion"]
     def blank(text):
-        return not isinstance(text, str) or not text.strip()
+        return not isinstance(text, str) or not as_read(text)
     prompt, is_open = row["prompt"], "completion" in row
     choices, gold = ([row["completion"]], 0) if is_open else (row["choices"], row["gold_idx"])
     if not (is_open or isinstance(choices, list) and len(choices) > 1 and all(isinstance(c, str) for c in choices)):
@@ -61,13 +93,15 @@ def read_line(line, task):
     checks = [
         (row.get("task", task) != task, f"task is {row.get('task')!r} in the folder of {task!r}"),
         (blank(prompt), "the prompt is empty"),
-        (not blank(prompt) and prompt[-1].isspace(), "the prompt ends in white space; put it before what follows"),
+        (not blank(prompt) and visible(prompt)[-1].isspace(),
+         "the prompt ends in white space; put it before what follows"),
         (is_open and row.keys() & {"choices", "gold_idx"}, "a row has choices and gold_idx or a completion, not both"),
         (not choices, "choices must be a list of two or more strings"),
         *((blank(choice), f"{name.format(k)} is empty or blank") for k, choice in enumerate(choices)),
         (choices and not (type(gold) is int and 0 <= gold < len(choices)),           # True is an int, too
          f"gold_idx is {gold!r}; 0 to {len(choices) - 1} is accepted")]
     wrong = [why for failed, why in checks if failed]
+    wrong = wrong or [f"choice {k} reads the same as the gold choice" for k in twins(choices, gold)]
     return (None if wrong else Row(task, prompt, choices, gold)), wrong
 
 
@@ -75,13 +109,15 @@ def read_rows(path, task, report=stop):
     """Return the good rows of one JSONL file, and call report("file:line: why") for each problem: training stops at the
     first one, --check collects them."""
     try:
-        with path.open("rb") as file:
-            lines = file.readlines()                                                 # bytes are split at \n alone
+        content = path.read_bytes()
     except OSError as error:
         report(f"{path}: not readable ({error})")
         return []
+    if b"\0" in content[:4]:                                                         # { is two or four bytes there
+        report(f"{path}: not in UTF-8 but in UTF-16 or UTF-32; save it as UTF-8")
+        return []
     rows = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(content.rstrip().splitlines(), 1):                 # bytes: at \n, \r and \r\n alone
         row, wrong = read_line(line, task)
         if row and rows and row.open != rows[0].open:
             wrong = [f"{row.kind} in a file that starts with {rows[0].kind}; a task is all one or all the other"]
@@ -130,54 +166,6 @@ def sample(rows, n, seed):
     order = order[:n]
     held = min(100, max(len(order) // 10, len(order) > 1))
     return order[held:], order[:held]
-
-
-class Item(NamedTuple):
-    """A tokenised row: one prompt and the continuations to be scored after it."""
-    task: int
-    prompt: list
-    continuations: list
-    row: Row
-
-    def length(self):
-        """Return how many tokens go into the model: all but the last of each continuation, which predicts nothing."""
-        return len(self.prompt) + sum(len(tokens) - 1 for tokens in self.continuations)
-
-    def single(self):
-        """Return whether at most one continuation puts tokens behind the prompt."""
-        return sum(len(tokens) > 1 for tokens in self.continuations) <= 1
-
-    def rows(self):
-        """Return the items, with one continuation each unless that is no need, for layers that would mix several."""
-        return [self] if self.single() else [self._replace(continuations=[tokens]) for tokens in self.continuations]
-
-
-def encode(tokenizer, rows, tasks, choices="all", max_length=MAX_LENGTH):
-    """Return (items, how many prompts were cut) of rows. `choices`: "all", or "gold" for training.
-
-    Prompt and choice are encoded separately, so no choice changes the prompt's tokens. A prompt that would pass
-    `max_length` with its longest choice is cut from the left, after the BOS token if there is one. A completion ends
-    with the EOS token, where decoding stops; it is trained on and counted in log_loss like the other answer tokens.
-    Choices are only compared with each other and have none."""
-    if not rows:
-        return [], 0
-    prompts = tokenizer([row.prompt for row in rows]).input_ids
-    texts = [row.choices if choices == "all" else [row.choices[row.gold]] for row in rows]
-    flat = iter(tokenizer([text for row in texts for text in row], add_special_tokens=False).input_ids)
-    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    items, cut = [], 0
-    for row, ids, text in zip(rows, prompts, texts):
-        continuations = [next(flat) for _ in text]
-        if not ids or not all(continuations):
-            raise BadInput(f"task {row.task!r}: {row.prompt!r} or one of {text} has no tokens in this base's tokenizer")
-        if row.open:
-            continuations = [continuations[0] + eos]
-        room = max(8, max_length - max(map(len, continuations)))
-        if len(ids) > room:
-            bos = ids[:1] if ids[0] == tokenizer.bos_token_id else []
-            ids, cut = bos + ids[len(ids) - room + len(bos):], cut + 1
-        items.append(Item(tasks.index(row.task), ids, continuations, row))
-    return items, cut
 
 
 class Batch(NamedTuple):
@@ -247,6 +235,13 @@ def micro_batches(items, max_tokens):
     while j:
         parts, j = [items[best[j][1]:j], *parts], best[j][1]
     return parts                                                         # longest first: a lack of memory shows at once
+
+
+def print_fewer(data, n):
+    """Prints which tasks of `data` (load_tasks) have fewer than n training rows, all of which are then taken."""
+    fewer = [f"{task} ({len(splits['train'])})" for task, splits in data.items() if len(splits["train"]) < n]
+    if fewer:
+        print(f"n = {n}, but fewer rows in {', '.join(fewer)}: all of these are taken")
 
 
 class Cycle:

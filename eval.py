@@ -12,19 +12,19 @@ import pathlib, time
 import torch
 
 from baselines import cross_lora, hypernet, lora
-from bases import reload_base, short_name
+from bases import find_base, reload_base
 from data import encode, load_run_tasks, sample
 from runtime.distributed import RANK
-from runtime.files import BadInput, read_json, write_whole
+from runtime.files import BadInput, read_json
 from runtime.flags import parse, run_main
-from runtime.report import plot, hardware, pack, read_results
-from runtime.resume import Journal, command_of, forget
+from runtime.report import fit_date, pack
+from runtime.resume import Journal, command_of, digests_of, forget
 from runtime.run_folder import (find_run, load_adapters, load_config, load_converter, load_portal, lock, provenances,
                                 saved_at)
-from score import decode, evaluate, lift, per_character, score
+from score import decode, evaluate, per_character, score
+from table import METHODS, write_results
 from train import REAL, TOY, preset, resolve_settings
 
-METHODS = ("base", "lora", "lora_iso", "cross_lora", "copy", "random", "hypernet", "portal")
 USUAL = [m for m in METHODS if m not in ("lora_iso", "hypernet")]                    # those two only with --methods
 FITTED, TRANSFERS = ("lora", "lora_iso", "hypernet"), ("cross_lora", "copy", "random")
 
@@ -51,6 +51,13 @@ def adapters_of(run, method, tag, base, final=False):
     return adapters
 
 
+def same_fit(before, now):
+    """Whether a baseline with provenance `before` was fitted on the base and rows of a converter's provenance `now`.
+    What an older provenance does not say, counts as the same."""
+    return all(before.get(key) == now[key] for key in ("id", "revision", "n", "seed", "data")) and all(
+        None in (before.get(key), now.get(key)) or before[key] == now[key] for key in ("fingerprint", "rows"))
+
+
 class Evaluation:
     """One evaluation of a run: its bases, each loaded once; the baselines that are missing; the rows of results.jsonl.
     provenance {tag: provenance}; rows: evaluation rows; journal: the finished parts of this command."""
@@ -63,10 +70,11 @@ class Evaluation:
 
     def base_of(self, tag):
         p, args = self.provenance[tag], self.args
-        if p["base"] not in self.loaded:
-            self.loaded[p["base"]] = reload_base(p, args.device, args.dtype, args.recompute, args.device_map,
-                                                 args.quantize or p.get("quantize"))
-        return self.loaded[p["base"]]
+        key = str([p.get(key) for key in ("base", "id", "revision", "quantize", "fingerprint")])
+        if key not in self.loaded:
+            self.loaded[key] = reload_base(p, args.device, args.dtype, args.recompute, args.device_map,
+                                           args.quantize or p.get("quantize"), allow_changed=args.allow_changed_base)
+        return self.loaded[key]
 
     def items(self, base):
         """The evaluation rows as base's tokens."""
@@ -80,10 +88,16 @@ class Evaluation:
 
     def train_rows(self, tag):
         """Returns {task: (train rows, held-out rows)} that a base's converter was fitted on; as many of a task added
-        since."""
+        since. Raises BadInput if the folder's rows are no longer these."""
         p = self.provenance[tag]
         tasks = load_run_tasks(self.saved, pathlib.Path(p["data"]))
-        return {task: sample(splits["train"], p["n"], p["seed"]) for task, splits in tasks.items()}
+        rows = {task: sample(splits["train"], p["n"], p["seed"]) for task, splits in tasks.items()}
+        now, fitted = digests_of(rows), p.get("rows") or {}
+        if changed := [task for task in rows if task in fitted and now[task] != fitted[task]]:
+            raise BadInput(f"{p['data']}: the training rows of {', '.join(changed)} are no longer those that the "
+                           f"converter of {tag} was fitted on, and a LoRA beside it needs the same; restore them, or "
+                           "fit the converter again (--overwrite)")
+        return rows
 
     def ensure(self, method, tag):
         """Fits a trained baseline of a base on its converter's rows, unless the run holds it."""
@@ -91,13 +105,15 @@ class Evaluation:
         if what in self.fitted:
             return
         self.fitted.add(what)
-        p = {"tag": tag, "added": self.added, **self.provenance[tag]}
+        base = self.base_of(tag)
+        p = {"tag": tag, "added": self.added, **self.provenance[tag], "fingerprint": base.provenance["fingerprint"]}
         path = self.run / "baselines" / method / f"{tag}.json"
         before = {"added": {}, **read_json(path)} if path.exists() else {}
-        there = all(before.get(key) == p[key] for key in ("id", "revision", "n", "seed", "data", "added"))
+        there = before and same_fit(before, p) and before["added"] == p["added"]
         if there and not (self.args.overwrite and what not in self.journal.done):
             return print(f"{what}: fitted before with {before['settings']}; --overwrite fits it again")
-        base, rows, default = self.base_of(tag), self.train_rows(tag), preset([p["base"]])
+        rows, default = self.train_rows(tag), preset([p["base"]])
+        p["rows"] = digests_of(rows)
         if method == "hypernet":                                                  # with the settings of source training
             own = {key: self.saved.get(key, default[key]) for key in ("epochs", "batch_size", "lr", "least")}
             hypernet.fit_hypernet(self.run, base, rows, p, {**own, "max_tokens": self.max_tokens(base)}, self.cfg)
@@ -119,7 +135,10 @@ class Evaluation:
         """Evaluates one method on one base, selected and last epoch; appends a row for each task to results.jsonl."""
         p, cells = self.provenance[tag], None
         tag, n = (base.name, 0) if method == "base" else (tag, p["n"])               # the bare base: once, whatever n
-        row = dict(role="seen" if base.name in self.seen else "unseen", seed=p["seed"], n=n)
+        row = dict(role="seen" if base.name in self.seen else "unseen", seed=p["seed"], n=n,
+                   fitted=fit_date(self.run, method, tag))
+        files = [base.provenance.get(key) for key in ("fingerprint", "quantize")]
+        on = digests_of({task: [files, [row for row in self.rows if row.task == task]] for task in self.cfg.tasks})
         folder = {"portal": "converters", "lora": "baselines/lora"}.get(method)
         differ = folder is not None and (self.run / "final" / folder / f"{tag}.safetensors").exists()
         for select in ("best", "final"):
@@ -133,9 +152,11 @@ class Evaluation:
                 seconds = round((time.time() - start) / len(cells), 3)
             self.journal.add(part, self.run / "results.jsonl", [dict(
                 method=method, base=base.name, task=self.cfg.tasks[t], select=select, seconds=seconds, **row,
-                **{**cell, "correct": pack(cell["correct"])}) for t, cell in cells.items()])
-        if cells:
-            print(f"{tag} {method}: acc_norm {sum(c['acc_norm'] for c in cells.values()) / len(cells):.3f}", flush=True)
+                measured_on=on[self.cfg.tasks[t]], **{**cell, "correct": pack(cell["correct"])})
+                for t, cell in cells.items()])
+            if select == "best":
+                mean = sum(cell["acc_norm"] for cell in cells.values()) / len(cells)
+                print(f"{tag} {method}: acc_norm {mean:.3f}", flush=True)
 
     def evaluate(self, tag, methods):
         """Every method on one base: fits what is missing, then measures."""
@@ -144,92 +165,46 @@ class Evaluation:
         for method in methods:
             if method in FITTED:
                 self.ensure(method, tag)
-        source = next((name for name in reversed(self.seen) if name != base.name), None)  # whose LoRAs are carried over
-        if source and set(TRANSFERS) & set(methods):
-            self.carry_over(tag, source)
+        source = next((name for name in reversed(self.seen) if name != base.name and name in self.provenance), None)
+        if carried := [m for m in methods if m in TRANSFERS]:                        # of the source's LoRAs
+            if source:
+                self.carry_over(tag, source)
+            else:
+                print(f"{tag}: without {', '.join(carried)}, as the core was trained on no other base")
         for method in methods:
             if source or method not in TRANSFERS:
                 self.measure(method, tag, base, items)
         self.journal.add(tag)                                                        # the base need not be loaded again
 
 
-def show(run, base, items, max_tokens):
+def show(run, tag, base, items, max_tokens):
     """Prints every item with its choices' scores, or the decoded text, of the bare base and with PorTAL's adapters."""
-    both = (None, adapters_of(run, "portal", base.name, base))
+    both = (None, adapters_of(run, "portal", tag, base))
     scores = list(zip(*(score(base, adapters, items, max_tokens) for adapters in both)))
     opened = [item for item in items if item.row.open]
     texts = zip(*(decode(base, adapters, opened, max_tokens) for adapters in both))
     for item, log_p in zip(items, scores):
         row = item.row
-        print(f"\n{base.name}, {row.task}:\n" + "\n".join("    " + line for line in row.prompt.split("\n")))
+        print(f"\n{tag}, {row.task}:\n" + "\n".join("    " + line for line in row.prompt.split("\n")))
         if row.open:
             for what, text in zip(("gold", "before", "after"), (row.choices[0], *next(texts))):
                 print(f"  {what:6} {text.strip()!r}")
             continue
-        print("    before    after   (log-probability a character; * gold)")
+        print("    before    after   (log-probability a character, the leading space counted; * gold)")
         for k, (choice, *pair) in enumerate(zip(row.choices, *(per_character(item, lp) for lp in log_p))):
             print(f"{'*' if k == row.gold else ' '} " + " ".join(f"{s:8.3f}" for s in pair) + f"  {choice!r}")
-
-
-# ---------------------------------------------------------------------------------------------- the table
-def write_results(run, tasks):
-    """results.md and one bar plot a base, drawn from results.jsonl alone."""
-    found, saved = read_results(run), read_json(run / "portal.json")
-    seen, added = [b["base"] for b in saved["bases"]], saved.get("added", {})
-    rows, seeds = (sorted({row[key] for cells in found.values() for row in cells.values()}) for key in ("rows", "seed"))
-    opened = sorted({row["task"] for cells in found.values() for row in cells.values() if "metric" in row})
-    lines = [f"# Results of {run.resolve().name}", "",
-             f"{len(tasks)} tasks, {' to '.join(map(str, sorted({rows[0], rows[-1]})))} evaluation rows each; "
-             f"seed {', '.join(map(str, seeds))}; {hardware()}.", "",
-             "Macro averages over the tasks. `best`: the epoch selected on rows held out of train; `final`: the last "
-             "epoch. Lift and retention are of the selected epoch, against the LoRA fitted on the same rows."
-             + (f" Exact match of the decoded text is reported as acc_norm in {', '.join(opened)}." if opened else "")
-             + "".join(f" {task} was learned later, on {', '.join(how['bases'])}, with the core frozen."
-                       for task, how in added.items()), "",
-             "| base | role | n | method | acc_norm best | acc_norm final | log_loss best | recovered lift "
-             "| retention |", "|---" * 9 + "|"]
-    details = []
-    def order(key):                                                               # seen bases first, as they were named
-        return (seen.index(key[0]) if key[0] in seen else len(seen), *key)
-    for base, n in sorted({key[:2] for key in found if key[1]}, key=order):
-        cells = {m: {select: found.get((base, 0 if m == "base" else n, m, select), {}) for select in ("best", "final")}
-                 for m in METHODS}
-        cells = {m: c for m, c in cells.items() if c["best"]}
-        common = [t for t in tasks if len({c[s].get(t, {}).get("rows") for c in cells.values() for s in c}) == 1
-                  and all(t in c["best"] for c in cells.values())]                   # measured on the same rows by all
-        if not common or not {"base", "lora"} <= set(cells):
-            continue
-        def mean(m, select, key):
-            return sum(cells[m][select][t][key] for t in common) / len(common)
-        low, high = mean("base", "best", "acc_norm"), mean("lora", "best", "acc_norm")
-        for m in cells:
-            acc = mean(m, "best", "acc_norm")
-            share = None if m == "base" else lift(acc, low, high)
-            lines.append("| " + " | ".join([
-                base, "seen" if base in seen else "unseen", "-" if m == "base" else str(n), m, f"{acc:.3f}",
-                f"{mean(m, 'final', 'acc_norm'):.3f}", f"{mean(m, 'best', 'log_loss'):.3f}",
-                "-" if share is None else f"{100 * share:.0f}%", f"{100 * acc / high:.0f}%" if high else "-"]) + " |")
-        details += ["", f"## {base}, n = {n}: acc_norm of the selected epoch", "",
-                    "| task | " + " | ".join(cells) + " |", "|---" * (len(cells) + 1) + "|"]
-        details += ["| " + " | ".join([t, *(f"{c['best'][t]['acc_norm']:.3f}" for c in cells.values())]) + " |"
-                    for t in common]
-        plotted = [m for m in ("base", "cross_lora", "lora", "portal") if m in cells]
-        plot(run / f"{base}-n{n}.png", f"{base}, n = {n} a task", common,
-             {m: [cells[m]["best"][t]["acc_norm"] for t in common] for m in plotted})
-    write_whole(run / "results.md", lambda p: p.write_text("\n".join(lines + details) + "\n"))
 
 
 # ---------------------------------------------------------------------------------------------- the command
 def checked(args, run, saved, cfg, provenance):
     """Returns the tags to evaluate and the methods. Raises BadInput for a base, method or task that the run does not
     know."""
-    seen = [b["base"] for b in saved["bases"]]
-    held = [*seen, *sorted({p["base"] for p in provenance.values()} - set(seen))]
-    wanted, methods = [short_name(name) for name in args.bases] if args.bases else [*held], args.methods or USUAL
-    for name in wanted:
-        if name not in held:
-            raise BadInput(f"base {name!r} is not in {run}; it holds {', '.join(held)}; "
-                           "python port.py --to NAME adds one")
+    seen, known = [b["base"] for b in saved["bases"]], {p["base"]: p for p in provenance.values()}
+    held = {name: provenance.get(name, known[name]) for name in [*seen, *sorted(known.keys() - seen)] if name in known}
+    if not held:
+        raise BadInput(f"{run} holds no converter; python port.py --to NAME adds one")
+    wanted = dict.fromkeys(find_base(held, spec, run) for spec in args.bases or held)
+    methods = args.methods or USUAL
     sources = seen if {*methods} - {"base", "portal"} else ()                        # whose LoRAs are carried over
     for p in (p for p in provenance.values() if p["base"] in {*wanted, *sources}):
         if None in (p["n"], p["seed"], p["data"]):
@@ -247,7 +222,8 @@ def checked(args, run, saved, cfg, provenance):
 
 def main(argv=None):
     args = parse(__doc__, "run bases data tasks methods epochs batch-size lr max-tokens recompute eval-rows show "
-                          "device dtype device-map quantize overwrite", argv, (TOY["lora"], REAL["lora"]),
+                          "device dtype device-map quantize allow-changed-base overwrite", argv,
+                 (TOY["lora"], REAL["lora"]),
                  epochs=dict(help="of the LoRA baseline"), batch_size=dict(help="of the LoRA baseline"),
                  lr=dict(help="of the LoRA baseline"),
                  overwrite=dict(help="fit the baselines again even if the run holds them"))
@@ -260,8 +236,10 @@ def main(argv=None):
     rows = [row for task in args.tasks or cfg.tasks for row in sum(sample(data[task]["eval"], n, 0), [])]
     if args.show:
         evaluation = Evaluation(args, run, saved, cfg, provenance, rows)
-        for base in map(evaluation.base_of, [tag for tag in tags if "@" not in tag]):  # not a sweep's smaller samples
-            show(run, base, evaluation.items(base), evaluation.max_tokens(base))
+        for tag in tags:
+            if "@" not in tag or provenance[tag]["base"] not in tags:                # not a sweep's smaller samples
+                base = evaluation.base_of(tag)
+                show(run, tag, base, evaluation.items(base), evaluation.max_tokens(base))
         return
     lock(run)
     journal = Journal(run / ".resume" / "eval.json", command_of(args, saved, provenance, rows))

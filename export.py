@@ -17,9 +17,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from bases import auto_class, lasting, reload_base, resolve
+from bases import auto_class, files_of, find_base, recorded, reload_base, resolve
 from data import load_tasks
-from eval import adapters_of
+from eval import adapters_of, same_fit
+from merge import save_converted, save_merged
 from runtime.artifact import digest_of, fetch, is_artifact, read_artifact, save_artifact
 from runtime.distributed import RANK, barrier
 from runtime.files import BadInput, read_json, remove, today, write_json, writing
@@ -33,32 +34,22 @@ EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}  # PEF
 CARDS = {  # {library: (what the folder holds, the imports that load it, the call)}
     "peft": ("A LoRA in PEFT's format.", "from peft import PeftModel\nfrom transformers import {auto}",
              'model = PeftModel.from_pretrained({base}, "this folder")'),
-    "transformers": ("A LoRA, merged into its base.", "from transformers import {auto}",
-                     'model = {auto}.from_pretrained("this folder")'),
+    "transformers": ("A LoRA, merged into its base; its weights are stored as {dtype}, whatever config.json says.",
+                     "from transformers import {auto}",
+                     'model = {auto}.from_pretrained("this folder", dtype="{dtype}")'),
     "portallib": ("Task latents, core and one base's converter, in portallib's format.",
                   "from portallib import PortalModel", 'portal = PortalModel.from_pretrained("this folder")')}
 
 
-def find_base(run, spec):
-    """Returns (tag, provenance) of the base of the run that `spec` names: short name, id or folder; <base>@<n> is a
-    smaller sample of a sweep. A base of the same short name from somewhere else is another base. Raises BadInput."""
-    tags = provenances(run)
-    wanted = {spec, str(pathlib.Path(spec).expanduser().resolve())}
-    for tag, p in tags.items():
-        if tag == spec or tag == p["base"] and wanted & {p["id"], f"{p['id']}@{p['revision']}"}:
-            return tag, p
-    raise BadInput(f"--to: base {spec!r} is not in {run}; it holds {', '.join(tags)}; "
-                   "python port.py --to NAME adds one")
-
-
 def origin(p):
     """Returns the base's hub id, its folder or its .gguf file."""
-    return p["id"] if p["id"].endswith(".gguf") else resolve(p["id"])[1]
+    source = resolve(p["id"])
+    return f"{source.where}/{source.gguf}" if source.gguf else source.where
 
 
-def card(run, p, method, tasks, library, auto):
+def card(run, p, method, tasks, library, auto, dtype):
     """Returns the text of a model card: where the adapters come from, their acc_norm and how they are loaded. auto: the
-    name of the transformers class that loads the base."""
+    name of the transformers class that loads the base; dtype: that of a merged model's weights."""
     facts = {"base": origin(p), "revision of the base": p["revision"],
              "seen in training": "no" if p["ported"] else "yes", "method": method, "run": run.resolve().name,
              "training rows a task (n)": p["n"], "seed": p["seed"], "fitted": p["date"]}
@@ -72,21 +63,26 @@ def card(run, p, method, tasks, library, auto):
             measured = row and row["seed"] == p["seed"]
             facts[key] = f"{row['acc_norm']:.3f} on {row['rows']} evaluation rows" if measured else "not measured"
     table = "\n".join(f"| {key} | {'not recorded' if value is None else value} |" for key, value in facts.items())
-    _, where, _, gguf = resolve(p["id"])
-    options = [f", {key}={value!r}" for key, value in (("revision", p["revision"]), ("gguf_file", gguf)) if value]
-    what, imports, use = CARDS[library]
-    imports, use = (text.format(auto=auto, base=f"{auto}.from_pretrained({where!r}{''.join(options)})")
-                    for text in (imports, use))
+    source = recorded(p)
+    options = [f", {key}={value!r}" for key, value in (("revision", source.revision), ("gguf_file", source.gguf))
+               if value]
+    names = dict(auto=auto, base=f"{auto}.from_pretrained({source.where!r}{''.join(options)})",
+                 dtype=str(dtype).removeprefix("torch."))
+    what, imports, use = (text.format(**names) for text in CARDS[library])
     return (f"---\nbase_model: {json.dumps(origin(p))}\nlibrary_name: {library}\ntags:\n- lora\n- portal\n---\n\n"
             f"# {', '.join(tasks)} on {p['base']}\n\n{what} {MARK}.\n\n"
             f"| | |\n|---|---|\n{table}\n\n```python\n{imports}\n\n{use}\n```\n")
 
 
-def check_free(path, overwrite):
-    """Raises BadInput unless `path` is new or empty, or holds an earlier export that `overwrite` replaces."""
+def check_free(path, overwrite, source):
+    """Raises BadInput unless `path` is new or empty, or holds an earlier export that `overwrite` replaces, and is apart
+    from the base, which `source` names."""
     readme = path / "README.md"
     if occupied(path) and not (readme.is_file() and MARK in readme.read_text(errors="replace")):
         raise BadInput(f"{path} is neither empty nor a folder that an export wrote; --out DIR names another")
+    out, base = path.resolve(), pathlib.Path(source.where, source.gguf or "").resolve()
+    if not source.on_hub and (out == base or out in base.parents or base in out.parents):
+        raise BadInput(f"{path} is, holds or lies in the base, {base}; --out DIR names another folder")
     if occupied(path) and not overwrite:
         raise BadInput(f"{path} already holds an export; --overwrite replaces it, --out DIR writes beside it")
 
@@ -99,6 +95,9 @@ def save_peft(folder, base, p, adapters, t):
     ranks = {path: A.shape[1] for path, (A, _) in factors.items()}
     rank = min(ranks.values())
     wider = {path: r for path, r in ranks.items() if r != rank}
+    def alpha(r):
+        product = adapters.scale * r
+        return int(product) if product == int(product) else product
     # PEFT adapts every module whose path ends in a name that it is given. Where short names would reach other modules,
     # too (the q_proj of a vision tower), it is given full paths.
     names = {path.split(".")[-1] for path in factors}
@@ -115,8 +114,8 @@ def save_peft(folder, base, p, adapters, t):
     save_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
     write_json(folder / "adapter_config.json", dict(
         peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=origin(p), revision=p["revision"],
-        r=rank, lora_alpha=round(adapters.scale * rank), rank_pattern=wider,
-        alpha_pattern={path: round(adapters.scale * r) for path, r in wider.items()}, target_modules=modules,
+        r=rank, lora_alpha=alpha(rank), rank_pattern=wider,
+        alpha_pattern={path: alpha(r) for path, r in wider.items()}, target_modules=modules,
         target_parameters=[f"{path}.weight" for path in parameters] or None,
         lora_dropout=0.0, bias="none", use_rslora=False, use_dora=False, inference_mode=True,
         fan_in_fan_out=any(isinstance(base.linears[path], Conv1D) for path in factors)))
@@ -138,30 +137,17 @@ def checkpoint_names(model, paths):
     return names
 
 
-@torch.no_grad()
-def save_merged(folder, model, base, adapters, t):
-    """Writes the unpatched `model` of `base` with task t in its weights, W + scale B A; `model` itself is unchanged."""
-    tensors = model.state_dict()
-    for path, (A, B) in base.factors(adapters).items():
-        W = base.linears[path].weight                                                # [d_out, d_in]; Conv1D: transposed
-        exact = torch.promote_types(W.dtype, A.dtype)                                # add in float32, then round once
-        delta = adapters.scale * B[t].to(exact) @ A[t].to(exact)                     # [d_out, d_in]
-        delta = delta.T if isinstance(base.linears[path], Conv1D) else delta
-        tensors[f"{path}.weight"] = (W.to(exact) + delta).to(W.dtype)
-    model.save_pretrained(folder, state_dict=tensors)
-    base.tokenizer.save_pretrained(folder)
-
-
 def import_artifact(artifact, run, ported=False, n=None, seed=None, data=None, overwrite=False):
     """Makes a portallib artifact the run folder `run`, or adds its base to a run with the same latents and core.
     ported: the artifact is a refit. n, seed, data: the rows that it was fitted on, if known. Raises BadInput."""
     config, portal = read_artifact(artifact)
     (spec, converter), = portal.converters.items()
-    name = resolve(spec)[0]
+    source = resolve(spec)
+    name = source.name
     portal.converters = {name: converter}
     if data:
         load_tasks(data, portal.cfg.tasks)                                           # BadInput unless it has every task
-    p = dict(base=name, id=lasting(spec), revision=config.get("base_model_revision"), ported=ported, n=n, seed=seed,
+    p = dict(base=name, id=source.id, revision=config.get("base_model_revision"), ported=ported, n=n, seed=seed,
              data=data and str(data.resolve()), date=None, artifact=digest_of(artifact))
     def add(folder, saved):
         provenance = folder / "converters" / f"{name}.json"                          # written last, as in port.py:
@@ -221,8 +207,9 @@ NEEDED = {"out": "--out DIR (a folder to write) or --artifact DIR (an artifact t
 
 def parse_flags(argv):
     """Returns the parsed flags. Raises BadInput if one is missing, or does not go with the others."""
-    args = parse(__doc__, "artifact ported data n seed run to task method merge portallib out device dtype overwrite",
-                 argv, to=dict(type=str, metavar="BASE", help="the base to write, one that the run holds"),
+    args = parse(__doc__, "artifact ported data n seed run to task method merge portallib out device dtype "
+                 "allow-changed-base overwrite", argv,
+                 to=dict(type=str, metavar="BASE", help="the base to write, one that the run holds"),
                  n=dict(help="rows a task that the artifact was fitted on"), seed=dict(help="the seed of that fit"),
                  data=dict(help="the folder of tasks it was fitted on: DIR/<task>/{train,eval}.jsonl"),
                  overwrite=dict(help="replace the run's converter of that base, or an earlier export in --out"))
@@ -237,6 +224,28 @@ def parse_flags(argv):
     return args
 
 
+def loaded(args, run, cfg, tag, p):
+    """Returns (Base, Adapters) to export. Raises BadInput if the run does not hold them, or they do not fit it."""
+    again = f"python eval.py --bases {p['base']} makes them"
+    path = run / "baselines" / args.method / f"{tag}.json"
+    if args.method != "portal" and not path.with_suffix(".safetensors").exists():
+        raise BadInput(f"{run} holds no {args.method} adapters of {tag}; {again}")
+    if args.method == "lora" and path.exists() and not (args.allow_changed_base or same_fit(read_json(path), p)):
+        raise BadInput(f"{run}: its lora adapters of {tag} were not fitted on the base and rows of its converter; "
+                       f"{again} again")
+    base = reload_base(p, *(["cpu", torch.bfloat16] if args.portallib else [args.device, args.dtype]),
+                       allow_changed=args.allow_changed_base)
+    if args.merge and (own := base.provenance["quantize"]):
+        raise BadInput(f"--merge needs weights that are not quantised, and those of {p['base']} are ({own}); without "
+                       "--merge an adapter is written")
+    adapters = adapters_of(run, args.method, tag, base)                              # BadInput if they do not fit
+    for task in cfg.tasks[len(adapters.tensors()[0]):]:
+        if args.task in (task, "all"):
+            raise BadInput(f"{run}: its {args.method} adapters of {tag} are older than its task {task!r}; "
+                           f"{again} again")
+    return base, adapters
+
+
 def main(argv=None):
     args = parse_flags(argv)
     if args.artifact:
@@ -247,34 +256,32 @@ def main(argv=None):
     if args.portallib and cfg.norm != "none":
         raise BadInput(f"{run}: its trunk has LayerNorm (norm is {cfg.norm!r}) and a portallib artifact's has none; "
                        "python train.py --norm none trains one that can be written")
-    tag, p = find_base(run, args.to)
+    held = provenances(run)
+    tag = find_base(held, args.to, run)
+    p, source = held[tag], recorded(held[tag])
     if args.task not in (None, "all", *cfg.tasks):
         raise BadInput(f"--task: unknown task {args.task!r}; this run knows {', '.join(cfg.tasks)}, or 'all'")
-    if args.method != "portal" and not (run / "baselines" / args.method / f"{tag}.safetensors").exists():
-        raise BadInput(f"{run} holds no {args.method} adapters of {tag}; python eval.py --bases {p['base']} makes them")
     folders = {args.out: cfg.tasks if args.portallib else [args.task]}
     if args.task == "all":
         folders = {args.out / task: [task] for task in cfg.tasks}
     for folder in folders:
-        check_free(folder, args.overwrite)
-    base = reload_base(p, *(["cpu", torch.bfloat16] if args.portallib else [args.device, args.dtype]))
-    adapters = adapters_of(run, args.method, tag, base)                              # BadInput if they do not fit
-    for task in cfg.tasks[len(adapters.tensors()[0]):]:
-        if args.task in (task, "all"):
-            raise BadInput(f"{run}: its {args.method} adapters of {tag} are older than its task {task!r}; "
-                           f"python eval.py --bases {p['base']} makes them again")
+        check_free(folder, args.overwrite, source)
+    base, adapters = loaded(args, run, cfg, tag, p)
     auto = auto_class(base.model.config).__name__
-    model = base.unpatch() if args.merge else None
+    if args.merge:
+        base.unpatch()
     library = "portallib" if args.portallib else "transformers" if args.merge else "peft"
     for folder, tasks in folders.items():
         with writing(folder), new_folder(folder) as new:
             if args.portallib:
                 save_artifact(new, load_portal(run, [tag]), tag, base, origin(p), p["revision"])
+            elif args.merge and source.gguf:
+                save_converted(new, source, base, adapters, cfg.tasks.index(tasks[0]))
             elif args.merge:
-                save_merged(new, model, base, adapters, cfg.tasks.index(tasks[0]))
+                save_merged(new, files_of(p | base.provenance), base, adapters, cfg.tasks.index(tasks[0]), args.dtype)
             else:
                 save_peft(new, base, p, adapters, cfg.tasks.index(tasks[0]))
-            (new / "README.md").write_text(card(run, p, args.method, tasks, library, auto))
+            (new / "README.md").write_text(card(run, p, args.method, tasks, library, auto, args.dtype))
         print(f"written: {folder}")
 
 

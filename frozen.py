@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 import masks
+import tokens
 from kernels.lora import lora_add, lora_linear
 from portal import MODULES, group_sites, same_depth
 from runtime.files import BadInput
@@ -41,11 +42,12 @@ class Adapted(nn.Module):
 
 class Base:
     """A frozen language model with its `sites` {(m, layer): Site} in `groups` {g: Group}, and `logits(...)`.
-    Raises BadInput for a model without any."""
+    provenance: what a run records of where it comes from, see bases.load_base. Raises BadInput for a model without any
+    sites."""
 
-    def __init__(self, model, tokenizer, name="base", origin="", revision=None, quantize=None):
+    def __init__(self, model, tokenizer, name="base", provenance=None):
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
-        self.name, self.origin, self.revision, self.quantize = name, origin, revision, quantize
+        self.name, self.provenance = name, provenance or dict(id="", revision=None, quantize=None)
         self.batch = None                                                            # the last one given to logits()
         self.active = SimpleNamespace(factors={}, task=None, scale=1.0, at=None)     # what the patched modules read
         self.config = model.config.get_text_config()
@@ -183,7 +185,7 @@ class Base:
     def generate(self, prompts, adapters=None, tasks=None, max_new_tokens=32):
         """The greedy continuations, R texts, of R prompts (texts or lists of token ids), row r with the adapters of
         tasks[r]; one forward pass a token for all rows. A row ends at EOS or after max_new_tokens."""
-        prompts = [self.tokenizer(p).input_ids if isinstance(p, str) else p for p in prompts]
+        prompts = [tokens.text_ids(self.tokenizer, [p])[0][0] if isinstance(p, str) else p for p in prompts]
         eos = self.tokenizer.eos_token_id
         task = None if tasks is None else torch.as_tensor(tasks, device=self.device)  # [R]
         together = len(set(map(len, prompts))) == 1 or self.pads

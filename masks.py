@@ -97,12 +97,19 @@ def require_causal(base, prompt, first, second):
     """Raises BadInput for a model that does not run on text alone, and for one whose logits at a prompt's last tokens
     depend on what is behind them. first, second: other token ids; second in place of the prompt gives wrong logits."""
     last, behind = len(second), len(first)
+    longest = getattr(base.config, "max_position_embeddings", None)
+    if isinstance(longest, int) and longest < len(prompt + first + second):
+        raise BadInput(f"{base.name}: its config.json says that it sees {longest} tokens (max_position_embeddings), "
+                       f"too few to try it: {len(prompt + first + second)} are needed")
     try:
         early, late = logits(base, prompt, last), logits(base, prompt + first, last, behind)
     except Exception as error:
         if out_of_memory(error):
             raise
         raise BadInput(f"{base.name}: {type(base.model).__name__} does not run on text alone: {first_line(error)}")
+    if (early.isnan() | (early == torch.inf)).any():
+        raise BadInput(f"{base.name}: its logits are not finite in {str(base.model.dtype).removeprefix('torch.')}; try "
+                       "another --dtype (float16 overflows early), or restore its weights")
     if not same(base, early, late, logits(base, second + first, last, behind)):
         raise BadInput(f"{base.name}: the logits of {type(base.model).__name__} depend on later tokens; it is no "
                        "causal language model")

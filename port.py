@@ -13,15 +13,15 @@ from typing import Callable, NamedTuple
 import torch
 from tqdm import tqdm
 
-from bases import TOY_UNSEEN, load_base, reload_base, short_names
-from data import MAX_LENGTH, load_run_tasks, sample
+from bases import TOY_UNSEEN, find_base, load_base, reload_base, short_names
+from data import MAX_LENGTH, load_run_tasks, print_fewer, sample
 from frozen import same_depths
 from portal import Converter, layers_of
 from runtime.distributed import NO_BAR
 from runtime.files import ROOT, BadInput, read_json, remove, today, write_json
 from runtime.flags import commas, parse, positive, run_main
 from runtime.job import DryRun, Job
-from runtime.resume import Journal, command_of, forget
+from runtime.resume import Journal, command_of, digests_of, forget
 from runtime.run_folder import find_run, load_config, load_portal, lock, save_converter
 from train import REAL, TOY, fit, one_round, portal_learner, preset, resolve_settings, save_states
 
@@ -134,12 +134,14 @@ def state_of(run, tag):
 
 
 # ---------------------------------------------------------------------------------------------- the command
-def fits_to_do(run, args, journal):
+def fits_to_do(run, args, seen, journal):
     """Returns [(base, [(tag, n)])], what the command has still to fit. The fit with the most rows is saved as <base>,
-    the others as <base>@<n>; a converter that the run holds from more rows stays. Raises BadInput for a base that the
-    run holds, unless it may be replaced."""
+    the others as <base>@<n>; a converter that the run holds from more rows stays. seen {name: provenance}: the bases
+    that the core was trained on. Raises BadInput for a base that the run holds, unless it may be replaced."""
     jobs, specs = [], args.to or TOY_UNSEEN
     for spec, name in zip(specs, short_names(specs)):
+        if name in seen:
+            find_base(seen, spec, run)                                               # BadInput if from somewhere else
         counts = sorted(args.n or [preset([name])["port"]["n"]])
         path = run / "converters" / f"{name}.json"
         if path.exists() and not (args.overwrite or args.dry_run) and name not in journal.done:
@@ -154,9 +156,17 @@ def fits_to_do(run, args, journal):
     return jobs
 
 
+def refuse_twin(base, seen, run):
+    """Raises BadInput if the core was trained on this very base under another name: it would count as unseen."""
+    for name, p in seen.items():
+        its = p.get("fingerprint")
+        if name != base.name and its and its["weights"] == base.provenance["fingerprint"]["weights"]:
+            raise BadInput(f"{base.name} has the weights of {name}, on which {run} was trained: it is no unseen base")
+
+
 def main(argv=None, how=Change()):
     args = parse(__doc__, "to n align run data epochs batch-size lr max-tokens recompute seed device dtype device-map "
-                          "quantize overwrite dry-run", argv, (TOY["port"], REAL["port"]),
+                          "quantize allow-changed-base overwrite dry-run", argv, (TOY["port"], REAL["port"]),
                  n=dict(type=commas(positive(int)), metavar="N[,N]",
                         help="training rows a task; several: one refit each"))
     run = find_run(args.run)
@@ -168,7 +178,7 @@ def main(argv=None, how=Change()):
     if args.to is None and preset(seen) is REAL:
         raise BadInput("--to is needed: the base to port to (an alias, a hub id, a folder or a .gguf file)")
     journal = Journal(run / ".resume" / "port.json", command_of(args, saved))
-    jobs = fits_to_do(run, args, journal)
+    jobs = fits_to_do(run, args, seen, journal)
     # A run that was read from an artifact does not know its seed and data: train.py's defaults then.
     seed = next(seed for seed in (args.seed, saved["seed"], 0) if seed is not None)
     folder = pathlib.Path(args.data or saved["data"] or ROOT / "data")
@@ -176,12 +186,15 @@ def main(argv=None, how=Change()):
     @functools.cache
     def source(name):
         return reload_base(seen[name], args.device, args.dtype, device_map=args.device_map,
-                           quantize=args.quantize or seen[name].get("quantize"))
+                           quantize=args.quantize or seen[name].get("quantize"),
+                           allow_changed=args.allow_changed_base)
 
     for spec, fits in jobs:
         base = load_base(spec, args.device, args.dtype, args.recompute, args.device_map, args.quantize)
+        refuse_twin(base, seen, run)
         settings = {k: v for k, v in resolve_settings(args, preset([base.name])["port"]).items() if k != "n"}
         for tag, n in fits:
+            print_fewer(data, n)
             rows = {task: sample(splits["train"], n, seed) for task, splits in data.items()}
             portal = load_portal(run, list(seen)).to(args.device)
             job = (DryRun if args.dry_run else Job)(
@@ -189,9 +202,9 @@ def main(argv=None, how=Change()):
             learner, aligned = port(job, portal, base, rows, settings, how, source if args.align else None)
             if not args.dry_run:
                 save_port(run, tag, portal, learner, dict(
-                    base=base.name, id=base.origin, revision=base.revision, ported=True, n=n, seed=seed,
-                    data=str(folder.resolve()), epochs=settings["epochs"], quantize=base.quantize,
-                    seconds=round(job.seconds, 1), aligned=aligned), journal)
+                    base=base.name, **base.provenance, ported=True, n=n, seed=seed, data=str(folder.resolve()),
+                    rows=digests_of(rows), epochs=settings["epochs"], seconds=round(job.seconds, 1),
+                    aligned=aligned), journal)
     if not args.dry_run:
         forget(journal.path)
 

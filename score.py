@@ -3,16 +3,20 @@
     score(choice)  = log p(choice | prompt) / characters(choice)      the leading space counts
     acc_norm       = share of rows whose gold choice scores above every other (a tie is an error)
     log_loss       = NLL of the gold choices / their number of tokens (a completion's tokens include the EOS at its end)
-    exact match    = share of open rows whose greedy decoding is the completion; it is reported as acc_norm
+    exact match    = share of open rows whose greedy decoding reads as the completion; it is reported as acc_norm
+    acc_norm_harness = lm-evaluation-harness's acc_norm: without the leading space; of equal scores the first counts
     recovered lift = (acc - acc_base) / (acc_LoRA - acc_base)         retention = acc / acc_LoRA
 
 Training selects its epoch by these numbers on rows held out of train; evaluation reports them on evaluation rows.
 """
+import math
+
 import torch
 from tqdm import tqdm
 
-from data import collate, micro_batches
+from data import as_read, collate, micro_batches
 from runtime.distributed import NO_BAR, map_sharded
+from runtime.files import BadInput
 
 
 # ---------------------------------------------------------------------------------------------- the two numbers
@@ -20,7 +24,7 @@ from runtime.distributed import NO_BAR, map_sharded
 def score(base, adapters, items, max_tokens):
     """Returns for every item, in order, the log-probability of each of its continuations, a list of floats. adapters
     None: the bare base. A prompt is encoded once with its continuations behind it, where the base's layers can keep
-    them apart (Base.packs); micro-batches mix tasks."""
+    them apart (Base.packs); micro-batches mix tasks. Raises BadInput for scores that are not finite."""
     split = [[item] if base.packs else item.rows() for item in items]
     def log_p_of(items):
         found, parts = {}, micro_batches(items, max_tokens)
@@ -33,7 +37,13 @@ def score(base, adapters, items, max_tokens):
             found.update({id(item): [next(sums) for _ in item.continuations] for item in part})
         return [found[id(item)] for item in items]
     log_p = iter(map_sharded(log_p_of, [row for rows in split for row in rows]))
-    return [[value for _ in rows for value in next(log_p)] for rows in split]
+    log_p = [[value for _ in rows for value in next(log_p)] for rows in split]
+    wrong = {item.row.task: None for item, own in zip(items, log_p) if not all(map(math.isfinite, own))}
+    if wrong:                                                                        # they would count as wrong answers
+        fit = " or a fit with a smaller --lr" if adapters else ""
+        raise BadInput(f"base {base.name}{' with adapters' if adapters else ''}, task {', '.join(wrong)}: scores are "
+                       f"not finite; try --dtype float32 or bfloat16{fit}")
+    return log_p
 
 
 def full_precision(logits):
@@ -51,10 +61,19 @@ def decode(base, adapters, items, max_tokens):
         for part in micro_batches(items, max_tokens):
             texts = base.generate([item.prompt for item in part], adapters, [item.task for item in part], limit)
             for item, text in zip(part, texts):
-                lines = 1 + item.row.choices[0].rstrip().count("\n")
+                lines = 1 + max(gold.rstrip().count("\n") for gold in golds(base.tokenizer, item))
                 found[id(item)] = "\n".join(text.split("\n")[:lines])
         return [found[id(item)] for item in items]
     return map_sharded(texts_of, items)
+
+
+def golds(tokenizer, item):
+    """Returns the texts that are an item's completion: its own, and what its tokens are decoded to. These differ where
+    a tokenizer changes texts (small letters, NFKC), or one token begins in the prompt and ends in the completion."""
+    text, ids = item.row.choices[0], [k for k in item.continuations[0] if k != tokenizer.eos_token_id]
+    if tokenizer.unk_token_id in ids:                                                # any unknown word would do
+        return [text]
+    return [text, *filter(as_read, [tokenizer.decode(ids, clean_up_tokenization_spaces=False)])]
 
 
 def per_character(item, log_p):
@@ -62,20 +81,33 @@ def per_character(item, log_p):
     return [lp / len(choice) for lp, choice in zip(log_p, item.row.choices)]
 
 
+def harness_choice(item, log_p):
+    """Returns the choice that lm-evaluation-harness would count: the first with the highest log-probability a
+    character, without the one space that joins it to the prompt."""
+    scores = [lp / len(choice.removeprefix(" ")) for lp, choice in zip(log_p, item.row.choices)]
+    return scores.index(max(scores))
+
+
 def evaluate(base, adapters, items, max_tokens):
-    """Returns {task index: {"acc_norm", "log_loss", "rows", "correct": [bool for each row]}} of the tasks in `items`.
-    A task of completions has its exact match as "acc_norm", and "metric": "exact_match"."""
-    cells, texts = {}, iter(decode(base, adapters, [item for item in items if item.row.open], max_tokens))
-    for item, log_p in zip(items, score(base, adapters, items, max_tokens)):
+    """Returns {task index: {"acc_norm", "log_loss", "rows", "correct": [bool for each row], "acc_norm_harness"}} of
+    the tasks in `items`. A task of completions has its exact match as "acc_norm", and "metric": "exact_match" in place
+    of the last. Raises BadInput: see score."""
+    cells, scored = {}, score(base, adapters, items, max_tokens)
+    texts = iter(decode(base, adapters, [item for item in items if item.row.open], max_tokens))
+    for item, log_p in zip(items, scored):
         gold, scores = item.row.gold, per_character(item, log_p)
-        cell = cells.setdefault(item.task, {"correct": [], "nll": 0.0, "tokens": 0, "open": item.row.open})
-        cell["correct"].append(next(texts).strip() == item.row.choices[0].strip() if item.row.open
-                               else scores[gold] > max(s for k, s in enumerate(scores) if k != gold))
+        cell = cells.setdefault(item.task, {"correct": [], "nll": 0.0, "tokens": 0, "harness": []})
+        if item.row.open:
+            cell["correct"].append(as_read(next(texts)) in map(as_read, golds(base.tokenizer, item)))
+        else:
+            cell["correct"].append(scores[gold] > max(s for k, s in enumerate(scores) if k != gold))
+            cell["harness"].append(harness_choice(item, log_p) == gold)
         cell["nll"] -= log_p[gold]
         cell["tokens"] += len(item.continuations[gold])
     return {task: {"acc_norm": sum(c["correct"]) / len(c["correct"]), "log_loss": c["nll"] / c["tokens"],
                    "rows": len(c["correct"]), "correct": c["correct"],
-                   **({"metric": "exact_match"} if c["open"] else {})}
+                   **({"acc_norm_harness": sum(c["harness"]) / len(c["harness"])} if c["harness"] else
+                      {"metric": "exact_match"})}
             for task, c in cells.items()}
 
 

@@ -14,12 +14,13 @@ import torch, transformers
 import torch.nn.functional as F
 
 from bases import TOY as TOY_BASES, TOY_SEEN, load_base, short_names
-from data import Rounds, collate, load_tasks, micro_batches, sample, to_device
+from data import Rounds, collate, load_tasks, micro_batches, print_fewer, sample, to_device
 from portal import MODULES, Config, Converter, Portal
 from runtime.distributed import RANK, all_sum, shard
 from runtime.files import ROOT, BadInput, read_json, today, write_json, write_whole
 from runtime.flags import parse, run_main, some_of
 from runtime.job import DryRun, Job
+from runtime.resume import digests_of
 from runtime.run_folder import OUT, lock, new_folder, occupied, save_portal, sibling
 from score import evaluate, full_precision, macro
 
@@ -239,7 +240,7 @@ def main(argv=None, sizes={}, change=lambda portal: None, weigh=None, step=one_r
     fit)."""
     fixed = vars(Config(tasks=[]))                                                   # modules, rank, norm
     args = parse(__doc__, "bases data tasks add-task n modules rank norm epochs batch-size lr max-tokens recompute "
-                          "seed device dtype device-map quantize run overwrite dry-run",
+                          "seed device dtype device-map quantize allow-changed-base run overwrite dry-run",
                  argv, ({**fixed, **TOY}, {**fixed, **REAL}), modules=dict(type=some_of(MODULES)))
     if args.add_task:                                                                # add_task.py imports this file
         return importlib.import_module("experiments.add_task").add_task(args)
@@ -249,7 +250,9 @@ def main(argv=None, sizes={}, change=lambda portal: None, weigh=None, step=one_r
     settings, seed = resolve_settings(args, default), args.seed or 0
     data = args.data or ROOT / ("toy/data" if default is TOY else "data")
     run = args.run or OUT / ("toy" if args.bases is None else "+".join(names))
-    rows = {task: sample(splits["train"], settings["n"], seed) for task, splits in load_tasks(data, args.tasks).items()}
+    found = load_tasks(data, args.tasks)
+    print_fewer(found, settings["n"])
+    rows = {task: sample(splits["train"], settings["n"], seed) for task, splits in found.items()}
     cfg = Config(tasks=list(rows), **{**default["sizes"], **sizes})
     cfg.modules, cfg.norm = args.modules or cfg.modules, args.norm or cfg.norm
     cfg.rank, cfg.alpha = args.rank or cfg.rank, 2 * (args.rank or cfg.rank)
@@ -268,8 +271,8 @@ def main(argv=None, sizes={}, change=lambda portal: None, weigh=None, step=one_r
     fit(job, bases, portal.adapters, [learner], rows, weigh, step)
     if args.dry_run:
         return
-    fitted = dict(n=settings["n"], seed=seed, data=str(data.resolve()), epochs=settings["epochs"],
-                  epoch_selected=learner.epoch, seconds=round(job.seconds, 1), date=today())
+    fitted = dict(n=settings["n"], seed=seed, data=str(data.resolve()), rows=digests_of(rows),
+                  epochs=settings["epochs"], epoch_selected=learner.epoch, seconds=round(job.seconds, 1), date=today())
     save_run(run, portal, learner, bases, settings, fitted)
     print(f"epoch {learner.epoch} of {settings['epochs']} selected on held-out rows; saved to {run}")
 
@@ -279,8 +282,7 @@ def save_run(run, portal, learner, bases, settings, fitted):
     part = sibling(run, "part")
     with new_folder(run) as folder:                                                  # becomes `run` when it is whole
         save_states([learner], settings["epochs"], lambda final: save_portal(folder, portal, final))
-        provenance = [dict(base=b.name, id=b.origin, revision=b.revision, ported=False, quantize=b.quantize, **fitted)
-                      for b in bases]
+        provenance = [dict(base=base.name, **base.provenance, ported=False, **fitted) for base in bases]
         for p in provenance:
             write_json(folder / "converters" / f"{p['base']}.json", p)
         write_json(folder / "portal.json", dict(

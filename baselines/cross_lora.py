@@ -85,7 +85,7 @@ def transfer_all(run, tag, target, source, seed, held, max_tokens):
     """Carries the source's saved LoRAs over in the three ways and saves them as baselines/<method>/<tag>, unless they
     are there already from these very LoRAs. held: items of the target to choose a factor by; without any it is 1."""
     loras = run / "baselines" / "lora" / f"{source.name}.safetensors"
-    origin = dict(source=source.name, target=target.origin, seed=seed,
+    origin = dict(source=source.name, seed=seed, target=target.provenance,
                   lora=hashlib.sha256(loras.read_bytes()).hexdigest())         # not a date: two fits may share a second
     if lost := [m for m in source.kinds if m in target.lacks]:
         print(f"{target.name} has no {', '.join(lost)}, which the LoRA of {source.name} adapts")

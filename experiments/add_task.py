@@ -6,11 +6,11 @@ ones: the core has seen no others. Nothing is drawn, so the start does not depen
 """
 import torch
 
-from bases import reload_base, short_name
+from bases import find_base, reload_base
 from data import load_tasks, sample
 from runtime.files import BadInput, today, write_json
 from runtime.job import DryRun, Job
-from runtime.resume import forget
+from runtime.resume import digests_of, forget
 from runtime.run_folder import find_run, load_config, load_portal, load_tensors, lock, provenances, save_tensors
 from train import fit, portal_learner, preset, resolve_settings
 
@@ -29,8 +29,8 @@ def bases_for(args, run, saved, cfg):
     if task in added and not (args.overwrite or args.dry_run):
         raise BadInput(f"{run} has learned {task!r} already; --overwrite learns it again")
     held = seen | {tag: p for tag, p in provenances(run).items() if tag == p["base"]}  # without a sweep's other samples
-    names = dict.fromkeys(map(short_name, args.bases or seen))
-    if not names or not names.keys() <= held.keys():
+    names = dict.fromkeys(find_base(held, spec, run) for spec in args.bases or seen)
+    if not names:
         raise BadInput(f"--bases: {run} has converters of {', '.join(held) or 'none'}; accepted are some of these")
     return {name: held[name] for name in names}
 
@@ -44,7 +44,8 @@ def add_task(args):
     seed = (saved["seed"] or 0) if args.seed is None else args.seed
     rows = {task: sample(load_tasks(folder.parent, [task])[task]["train"], settings["n"], seed)}
     bases = [reload_base(p, args.device, args.dtype, args.recompute, args.device_map,
-                         args.quantize or p.get("quantize")) for p in fitted_on.values()]
+                         args.quantize or p.get("quantize"), allow_changed=args.allow_changed_base)
+             for p in fitted_on.values()]
 
     portal = load_portal(run, fitted_on).to(args.device)
     trained = portal.z[:len(cfg.tasks) - len(added)].detach()                        # [T before any was added, d_z]
@@ -68,8 +69,8 @@ def add_task(args):
         if path.exists():
             z = load_tensors(path)["z"]                                           # may have a row too many: load_portal
             save_tensors(path, {"z": torch.cat([z[:t], new, z[t + 1:len(cfg.tasks)]])})  # [T + 1 or again T, d_z]
-    how = dict(folder=str(folder), bases=list(fitted_on), n=settings["n"], seed=seed, epochs=settings["epochs"],
-               epoch_selected=learner.epoch, seconds=round(job.seconds, 1), date=today())
+    how = dict(folder=str(folder), bases=list(fitted_on), n=settings["n"], seed=seed, rows=digests_of(rows)[task],
+               epochs=settings["epochs"], epoch_selected=learner.epoch, seconds=round(job.seconds, 1), date=today())
     write_json(run / "portal.json", {                                             # last: until then the run has T tasks
         **saved, "config": {**saved["config"], "tasks": tasks}, "added": {**added, task: how}})
     forget(state)

@@ -17,14 +17,14 @@ from multiprocessing.connection import Connection, Pipe
 import torch
 
 import export
-from bases import reload_base
+from bases import find_base, reload_base
 from data import encode, load_run_tasks, sample
 from eval import adapters_of
 from experiments.peers import TURNS, take_turns
 from runtime.files import ROOT, BadInput, read_json, today, write_json, write_whole
 from runtime.flags import parse, run_main
 from runtime.report import hardware
-from runtime.run_folder import find_run, load_config
+from runtime.run_folder import find_run, load_config, provenances
 from score import score
 from train import REAL
 
@@ -167,10 +167,11 @@ def server(venv, folder, arguments, tasks):
 def our_scores(run, spec, data, n):
     """Returns (tasks, items of n evaluation rows a task, the log-probabilities of all their choices: with each row's
     adapter, with none, with the next task's). Raises BadInput if these are too much alike to tell adapters apart."""
-    (saved, cfg), (tag, p) = load_config(run), export.find_base(run, spec)
+    (saved, cfg), held = load_config(run), provenances(run)
+    tag = find_base(held, spec, run)
     data = load_run_tasks(saved, pathlib.Path(data or saved["data"] or ROOT / "data"))
     rows = [row for task in cfg.tasks for row in sum(sample(data[task]["eval"], n, 0), [])]
-    base = reload_base(p, "cpu", torch.float32)
+    base = reload_base(held[tag], "cpu", torch.float32)
     items, adapters = encode(base.tokenizer, rows, cfg.tasks)[0], adapters_of(run, "portal", tag, base)
     shifted = [item._replace(task=(item.task + 1) % len(cfg.tasks)) for item in items]
     own, bare, other = ([log_p for row in score(base, used, asked, REAL["max_tokens"]) for log_p in row]

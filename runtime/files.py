@@ -2,7 +2,7 @@
 
 Of several processes (distributed.py), all of which come to the same write, only rank 0 writes.
 """
-import contextlib, datetime, json, os, pathlib
+import contextlib, datetime, json, math, os, pathlib
 
 import safetensors
 import torch
@@ -51,8 +51,24 @@ def write_whole(path, write):
                 temporary.unlink()
 
 
+def as_json(path, value, **options):
+    """Returns `value` as JSON, which is to be written to `path`. JSON has no NaN and no infinity: raises BadInput."""
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except ValueError:
+        raise BadInput(f"{path}: not written: {', '.join(not_finite(value)) or 'a number'} is not finite")
+
+
+def not_finite(value, name=""):
+    """Returns the keys, a.b.0, of the numbers in a JSON-able value that are not finite."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    here = [name] if isinstance(value, float) and not math.isfinite(value) else []
+    return here + [found for key, own in inner for found in not_finite(own, f"{name}.{key}".lstrip("."))]
+
+
 def write_json(path, value):
-    write_whole(path, lambda p: p.write_text(json.dumps(value, indent=1) + "\n"))
+    text = as_json(path, value, indent=1)
+    write_whole(path, lambda p: p.write_text(text + "\n"))
 
 
 def read_json(path):
@@ -64,14 +80,17 @@ def read_json(path):
 
 
 def each_line(path, use, what):
-    """Calls use(value) for every line of a JSON lines file; BadInput names the file, or the line that is not `what`."""
+    """Calls use(value) for every line of a JSON lines file; BadInput names the file, or the line that is not `what`, or
+    holds NaN or an infinity."""
+    def no_number(text):
+        raise ValueError(f"{text} is no number in JSON")
     try:
         lines = path.read_text().splitlines()
     except (OSError, ValueError) as error:
         raise BadInput(f"{path}: not readable ({error})")
     for number, line in enumerate(lines, 1):
         try:
-            use(json.loads(line))
+            use(json.loads(line, parse_constant=no_number))
         except (ValueError, KeyError, TypeError) as error:
             raise BadInput(f"{path}:{number}: not {what} ({first_line(error)})")
 
@@ -96,7 +115,7 @@ def append_jsonl(path, *rows):
     """Appends one line a row, all rows or none: a partial line would corrupt the next one. Raises BadInput."""
     if RANK:
         return
-    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    data = "".join(as_json(path, row) + "\n" for row in rows).encode()
     with writing(path), open(path, "ab", buffering=0) as f:
         before = f.tell()
         if f.write(data) < len(data):                                                # the disk took a part and is full

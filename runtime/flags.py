@@ -139,6 +139,7 @@ FLAGS = {
         "device-map": dict(choices=["auto"], help="spread a base too big for one GPU over all of them (accelerate)"),
         "quantize": dict(choices=["4bit"], help="hold the base's weights in 4 bits, NF4 (bitsandbytes; CUDA)"),
         "max-tokens": dict(NUMBER, help="token budget of a micro-batch, padding included"),
+        "allow-changed-base": dict(SWITCH, help="go on with a base whose files are no longer those of the fit"),
         "recompute": dict(SWITCH, help="keep no layer's inner activations: less memory, more time")},
     "the run and its files": {
         "run": dict(FOLDER, help="run folder (train: out/<bases>; else the run trained last)"),

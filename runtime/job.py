@@ -137,7 +137,7 @@ class Job:
     def identify(self, rows, weigh):
         """A digest of all that the fit's numbers follow from. Not of max_tokens and the device, which change rounding
         alone: a fit that ran out of memory may go on with a smaller --max-tokens."""
-        facts = [[base.name, base.origin, base.revision, str(base.model.dtype)] for base in self.bases]
+        facts = [[base.name, base.provenance, str(base.model.dtype)] for base in self.bases]
         facts += [[learner.tasks, learner.rounds, learner.schedule.base_lrs] for learner in self.learners]
         named = f"{getattr(weigh, '__qualname__', type(weigh).__qualname__)} {getattr(weigh, 'floor', '')}"
         weights = [p for base in self.bases for p in base.model.parameters()]      # a folder may hold another model now

@@ -1,10 +1,10 @@
 """What a run measured: reading results, drawing plots, naming the hardware and the commit."""
-import contextlib, os, pathlib, platform, re, subprocess
+import contextlib, functools, os, pathlib, platform, re, subprocess
 
 import numpy as np
 import torch
 
-from runtime.files import ROOT, each_line, write_whole
+from runtime.files import ROOT, each_line, read_json, write_whole
 
 
 def pack(correct):
@@ -21,11 +21,22 @@ def unpack(text, rows):
     return correct
 
 
+def fit_date(run, method, tag):
+    """Returns when the adapters of a method on a base were fitted, or None if the run does not say."""
+    path = run / ("converters" if method == "portal" else f"baselines/{method}") / f"{tag}.json"
+    return read_json(path).get("date") if path.exists() else None
+
+
 def read_results(run):
-    """Returns {(base, n, method, select): {task: row}} from results.jsonl; of a cell, the last line counts."""
-    found = {}
+    """Returns {(base, n, method, select): {task: row}} from results.jsonl; of a cell, the last line counts. What was
+    measured on adapters that were fitted again since is left out. Raises BadInput for a line that holds no result."""
+    found, dates = {}, functools.cache(functools.partial(fit_date, run))
     def add(row):
-        found.setdefault((row["base"], row["n"], row["method"], row["select"]), {})[row["task"]] = row
+        if not (0 <= row["acc_norm"] <= 1 and row["log_loss"] > -1e-3 and row["rows"] > 0):
+            raise ValueError(f"acc_norm {row['acc_norm']}, log_loss {row['log_loss']}, rows {row['rows']}")
+        now = [dates(row["method"], tag) for tag in (row["base"], f"{row['base']}@{row['n']}")]
+        if row.get("fitted") is None or row["fitted"] in now or now == [None, None]:
+            found.setdefault((row["base"], row["n"], row["method"], row["select"]), {})[row["task"]] = row
     each_line(run / "results.jsonl", add, "a result row")
     return found
 

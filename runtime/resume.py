@@ -17,6 +17,11 @@ def digest(facts, tensors=()):
     return found.hexdigest()
 
 
+def digests_of(rows):
+    """{task: the digest of its rows}, 16 hex digits each, of rows {task: lists of rows}, for a provenance."""
+    return {task: digest(own)[:16] for task, own in rows.items()}
+
+
 def place_lines(path, rows, keep=True):
     """Makes `rows` the last lines of a .jsonl file, each once, held already or not; keep=False: takes them out."""
     ours = [json.dumps(row) for row in rows]

@@ -111,11 +111,15 @@ def save_tensors(path, tensors, metadata=None):
 
 
 def load_tensors(path):
-    """Returns {name: tensor}. Raises BadInput if the file is missing, truncated or something else."""
+    """Returns {name: tensor}. Raises BadInput if the file is missing, truncated or something else, or a number in it is
+    not finite."""
     try:
-        return safetensors.torch.load_file(path)
+        tensors = safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise BadInput(f"{path}: not a whole safetensors file ({error}); restore it or repeat the command that made it")
+    if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise BadInput(f"{path}: {bad[0]} is not finite; restore it or repeat the command that made it")
+    return tensors
 
 
 @contextlib.contextmanager

@@ -144,6 +144,28 @@ def world(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """The folder of an empty cache of the hub, which itself cannot be reached: see in_hub_cache."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return tmp_path / "hub-cache"
+
+
+def in_hub_cache(cache, folder, org_name, commit):
+    """Lays a folder out as the hub's cache does: snapshots/<commit> links to blobs, refs/main names the commit."""
+    repo = cache / f"models--{org_name.replace('/', '--')}"
+    snapshot = repo / "snapshots" / commit
+    for made in (snapshot, repo / "blobs", repo / "refs"):
+        made.mkdir(parents=True, exist_ok=True)
+    (repo / "refs" / "main").write_text(commit)
+    for path in folder.iterdir():
+        blob = repo / "blobs" / fingerprint(folder)[path.name]
+        blob.write_bytes(path.read_bytes())
+        (snapshot / path.name).symlink_to(blob)
+    return snapshot
+
+
 SIZES = dict(d_z=8, d_e=4, hidden=16, d_c=12, rank=4, alpha=8)  # of a tiny Portal
 
 

@@ -2,7 +2,7 @@
 import json
 
 import pytest, torch
-from conftest import command, fingerprint, one_line, save_tiny, tiny_model
+from conftest import command, fingerprint, in_hub_cache, one_line, save_tiny, tiny_model
 from safetensors.torch import load_file, save_file
 from test_export import TASKS, make_run
 from test_sites import base_of, hybrid, save, unlike
@@ -119,26 +119,10 @@ def test_fused_projections_cannot_be_written(world, capsys):
     assert not (world / "x").exists()
 
 
-def in_hub_cache(cache, folder, org_name, commit):
-    """Lays a folder out as the hub's cache does: snapshots/<commit> links to blobs, refs/main names the commit."""
-    repo = cache / f"models--{org_name.replace('/', '--')}"
-    snapshot = repo / "snapshots" / commit
-    snapshot.mkdir(parents=True)
-    (repo / "blobs").mkdir()
-    (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text(commit)
-    for path in folder.iterdir():
-        blob = repo / "blobs" / fingerprint(folder)[path.name]
-        blob.write_bytes(path.read_bytes())
-        (snapshot / path.name).symlink_to(blob)
-
-
-def test_a_published_artifact_is_ported_by_its_hub_id(world, monkeypatch, capsys):
+def test_a_published_artifact_is_ported_by_its_hub_id(world, hub_cache, monkeypatch, capsys):
     """One line: the artifact becomes a run, and its tasks are ported with train.py's seed and data folder."""
     model = save_artifact(world / "A", world / "base-a", "qwen3", ("q", "v"))
-    in_hub_cache(world / "cache", world / "A", "Org/portal-base-a", "0" * 40)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(world / "cache"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    in_hub_cache(hub_cache, world / "A", "Org/portal-base-a", "0" * 40)
     monkeypatch.setattr("port.ROOT", world)
     flags = "--to ./base-b --n 4 --epochs 1 --batch-size 2".split()
     assert command(port, "--run", "Org/portal-base-a", *flags) == 0

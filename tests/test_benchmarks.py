@@ -155,15 +155,18 @@ def test_build_dedups_caps_and_drops(fake_hub, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "arc_easy" / "train.jsonl").read_bytes() == before
 
 
-def test_build_drops_blank_and_unlabelled_rows(fake_hub, tmp_path):
+def test_build_drops_blank_and_unlabelled_rows(fake_hub, tmp_path, capsys):
     splits, _ = fake_hub
     rte = lambda label: {"premise": f"P{label}", "hypothesis": "H.", "idx": 0, "label": label}
     wino = lambda sentence, answer: {"sentence": sentence, "option1": "cat", "option2": "dog", "answer": answer}
     for split in ("train", "validation"):
         splits["aps/super_glue", "rte", split] = [rte(-1), rte(0 if split == "train" else 1)]
         splits["allenai/winogrande", "winogrande_xl", split] = [
-            wino("_ begins.", "1"), wino("No blank.", "1"), wino("No _ answer.", ""), wino(f"My {split} _ ok.", "1")]
+            wino("_ begins.", "1"), wino("No blank.", "1"), wino("No _ answer.", ""), wino(f"My {split} _ ok.", "1"),
+            {**wino("The _ is twice.", "1"), "option2": "cat "}]
     build(tmp_path, ["rte", "winogrande"])
+    rte, winogrande = capsys.readouterr().out.splitlines()
+    assert "0 without a prompt, 2 malformed," in rte and "2 without a prompt, 6 malformed," in winogrande
     assert [r["prompt"].split("\n")[0] for r in read(tmp_path / "rte" / "train.jsonl")] == ["P0"]
     assert [r["prompt"] for r in read(tmp_path / "winogrande" / "eval.jsonl")] == ["My validation"]
 

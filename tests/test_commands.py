@@ -24,7 +24,8 @@ def test_train_port_eval(trained, capsys):
     every = ["--methods", ",".join(evaluation.METHODS)]
     assert command(evaluation, *every) == 0
     rows = [json.loads(line) for line in (trained / "results.jsonl").read_text().splitlines()]
-    assert set(rows[0]) == {"method", "base", "role", "task", "seed", "n", "select", "acc_norm", "log_loss", "rows", "seconds", "correct"}
+    assert set(rows[0]) == {"method", "base", "role", "task", "seed", "n", "select", "acc_norm", "log_loss", "rows", "seconds", "correct",
+                            "acc_norm_harness", "measured_on", "fitted"}
     assert {(r["method"], r["base"]) for r in rows} == {(m, b) for m in evaluation.METHODS for b in ("base-a", "base-b", "base-c")}
     bare = [(r["task"], r["select"]) for r in rows if (r["method"], r["base"]) == ("base", "base-c")]
     assert len(bare) == len(set(bare)) == 6                                          # once, not once a sample
@@ -130,7 +131,7 @@ def test_bad_input_to_a_trained_run(trained, capsys, world):
     fails(["portal.json", "neither empty nor a run folder"], train, *TRAIN, "--run", trained / "portal.json")
     fails(["--seed", "2^63"], train, *TRAIN, "--overwrite", "--seed", "9" * 30)
     fails(["--device", "meta"], train, *TRAIN, "--overwrite", "--device", "meta")
-    fails(["held-out loss is not finite", "base-a"], train, *TRAIN, "--overwrite", "--lr", "1e38", "--epochs", "1", "--batch-size", "64")
+    fails(["scores are not finite", "base-a"], train, *TRAIN, "--overwrite", "--lr", "1e38", "--epochs", "1", "--batch-size", "64")
     fails(["of another configuration", "--overwrite"], train, *TRAIN, "--modules", "all")
     fails(["already seen base-a", "--overwrite"], port, "--to", "./base-a")
     fails(["already seen base-a", "--overwrite"], port, "--to", "./base-a", "--n", "2,4")

@@ -2,10 +2,10 @@
 import itertools, json, random, runpy
 
 import pytest
-from conftest import save_tiny, tiny_tokenizer, write_task
+from conftest import one_line, save_tiny, tiny_tokenizer, write_task
 
 import benchmarks
-from data import PASS, Cycle, Item, Rounds, Row, collate, encode, load_tasks, micro_batches, read_rows, sample
+from data import PASS, Cycle, Item, Rounds, Row, as_read, collate, encode, load_tasks, micro_batches, read_rows, sample
 from runtime.files import ROOT, BadInput
 from runtime.flags import run_main
 from test_benchmarks import TASKS
@@ -24,6 +24,15 @@ OPEN = {"task": "t", "prompt": "w1 w2", "completion": " w3 w4"}
     (json.dumps({**GOOD, "prompt": "ends in a space "}), "prompt ends in white space"),
     (json.dumps({**GOOD, "prompt": "\ud800"}), "not JSON"), (json.dumps({**GOOD, "prompt": ""}), "prompt is empty"),
     (json.dumps({**GOOD, "task": "other"}), "'other' in the folder of 't'"),
+    ('{"task": "t", "prompt": "w1", "prompt": "w2", "choices": [" w3", " w4"], "gold_idx": 1}', "key 'prompt' stands 2"),
+    ('{"prompt": "w1", "completion": " w2", "from": [{"a": 1, "a": 1}]}', "key 'a' stands 2 times"),
+    (json.dumps({**GOOD, "weight": float("nan")}), "NaN is not JSON"), (json.dumps({**GOOD, "x": [float("-inf")]}), "-Inf"),
+    (json.dumps({**GOOD, "prompt": "\u200b\ufeff"}), "prompt is empty"),
+    (json.dumps({**GOOD, "prompt": "w1 \u200b"}), "prompt ends in white space"),
+    (json.dumps({**GOOD, "choices": [" a", " \u2060"]}), "choice 1 is empty or blank"),
+    (json.dumps({**GOOD, "choices": [" a", " b", " b"]}), "choice 2 reads the same as the gold choice"),
+    (json.dumps({**GOOD, "choices": ["\u00a0e\u0301 a", " \u00e9  a"]}), "choice 0 reads the same as the gold"),
+    (json.dumps({**GOOD, "choices": [" a\u00adb", " ab\u200e"]}), "choice 0 reads the same as the gold"),
 ])
 def test_a_bad_line_is_named_with_file_and_number(tmp_path, line, why):
     path = tmp_path / "train.jsonl"
@@ -51,6 +60,45 @@ def test_every_problem_is_reported_and_the_good_rows_are_kept(tmp_path):
     assert read_rows(path, "t", found.append) == [Row("t", "w1 w2", [" w3", " w4"], 1)] * 2
     assert [problem.split("train.jsonl:")[1].split()[:2] for problem in found] == [
         ["2:", "task"], ["2:", "choice"], ["2:", "choice"], ["2:", "gold_idx"], ["3:", "a"], ["5:", "not"]]
+
+
+def test_two_wrong_choices_may_read_the_same(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps({**GOOD, "choices": [" a", " b", "a "]}))
+    assert read_rows(path, "t") == [Row("t", "w1 w2", [" a", " b", "a "], 1)]
+
+
+@pytest.mark.parametrize("change", [
+    lambda data: b"\xef\xbb\xbf" + data, lambda data: data.replace(b"\n", b"\r\n"), lambda data: data + b"\n \r\n\n",
+    lambda data: data.rstrip(), lambda data: data.replace(b"\n", b"\r"),
+    lambda data: b"".join(b"\xef\xbb\xbf" + line for line in data.splitlines(True))])  # two such files, one behind the other
+def test_what_editors_do_to_a_file_is_accepted(tmp_path, change):
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(change((json.dumps(GOOD) + "\n").encode() * 3))
+    assert read_rows(path, "t") == [Row("t", "w1 w2", [" w3", " w4"], 1)] * 3
+    path.write_bytes(change((json.dumps(GOOD) + "\n").encode() * 2 + b"\n" + json.dumps(GOOD).encode()))
+    with pytest.raises(BadInput, match="train.jsonl:3: not JSON"):                   # an empty line in the middle
+        read_rows(path, "t")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_other_encodings_are_named(tmp_path, encoding):
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n", encoding=encoding)
+    with pytest.raises(BadInput, match="train.jsonl: .*UTF-16.* save it as UTF-8"):
+        read_rows(path, "t")
+
+
+@pytest.mark.parametrize("text, other", [
+    (" a  b\t", "a b"), ("e\u0301", "\u00e9"), ("a\u200bb", "ab"), ("\ufeffa", "a"), ("a\u00ad", "a"), ("e\u200b\u0301", "\u00e9"),
+    ("\u200e\u061c\u2060", "")])
+def test_as_read_makes_one_text_of_what_looks_the_same(text, other):
+    assert as_read(text) == as_read(other) == other == as_read(as_read(text))
+
+
+def test_as_read_keeps_what_one_sees():
+    texts = ["👩\u200d👩\u200d👧", "👩👩👧", "نمی\u200cخواهم", "نمیخواهم", "🏴\U000e0067\U000e0062\U000e007f", "🏴", "A", "a", "ﬁ", "fi"]
+    assert len(set(map(as_read, texts))) == len(texts)
 
 
 def test_only_a_newline_ends_a_line(tmp_path):
@@ -101,15 +149,53 @@ def test_check_prints_what_a_folder_holds(tmp_path, capsys):
     write(tmp_path / "data" / "u" / "train.jsonl", opened)
     write(tmp_path / "data" / "u" / "eval.jsonl", [{"prompt": "w7", "completion": " w6"}])
     code, out = check(capsys, tmp_path / "data", "--bases", base)
-    assert code == 0 and out.endswith("no problems\n")
+    assert code == 0 and out.endswith("no problems; 1 warning\n")                   # w0 has two gold choices
     t, u = out.split("u: completions, train 2, eval 1\n")
     for line in ("t: choices, train 4, eval 3", "train gold_idx: 1 100%", 'train gold text: " w3" 25%, " w4" 75%',
                  'eval gold text: " w4" 100%', "0 duplicate rows in train", '1 duplicate rows in eval, such as "w1"',
                  '2 eval rows whose prompt is in train, too, such as "w1"',
-                 "median 2, max 1502; 1 of 7 prompts would be cut to 1024"):
+                 "median 2, max 1502; 1 of 7 prompts would be cut to 128", "    (no BOS) w2 | w3 | w4\n",
+                 'warning: 2 rows with the prompt and choices of another row, but another gold choice, such as "w0"'):
         assert line in t, line
     assert "gold" not in u and "median 6, max 6; 0 of 3 prompts would be cut" in u   # two words, three more, EOS
     assert "u: " not in check(capsys, tmp_path / "data", "--task", "t")[1]
+
+
+def test_check_warns_of_what_is_legal_but_seldom_meant(tmp_path, capsys):
+    """Counts done by hand, over train and eval."""
+    base = save_tiny(tmp_path / "base")
+    rows = [("w1 w9", ["w2", " w3"], 0), ("w4 <eos>", [" w2", " w3 w4 w5 w6"], 0), ("w5", [" w2", " w3", "  w3"], 0),
+            ("w6", [" a", " b"], 0), ("w7\u200b", [" w2", " w3"], 1), ("w7", [" w3", " w2\u200b"], 0),
+            ("\u2060w6", [" a", "\u00a0b"], 0), ("w6\u00ad", [" a", " b "], 0)]
+    rows = [dict(zip(("prompt", "choices", "gold_idx"), row)) for row in rows]
+    write(tmp_path / "data" / "t" / "train.jsonl", rows[:-3])
+    write(tmp_path / "data" / "t" / "eval.jsonl", rows[-3:])
+    code, out = check(capsys, tmp_path / "data", "--bases", base)
+    assert code == 0 and out.endswith("no problems; 5 warnings\n") and out.count("warning: ") == 5
+    for line in ("warning: 1 rows with a choice or completion that does not start with white space", 'such as "w1 w9w2"',
+                 "warning: 1 rows in which two wrong choices read the same", "3 eval rows whose prompt is in train, too",
+                 "1 duplicate rows in eval", "median 2, max 3;",
+                 f'warning: {base}: 3 rows in which the gold choice has the same tokens as another, such as " a"',
+                 f"warning: {base}: 6 rows with unknown tokens",
+                 f'warning: {base}: 1 rows whose text spells a special token, such as "<eos>"'):
+        assert line in out, line
+
+
+def test_check_refuses_what_a_base_cannot_encode(tmp_path, capsys):
+    base = save_tiny(tmp_path / "base")
+    write(tmp_path / "data" / "t" / "train.jsonl", [OPEN, {**OPEN, "completion": " w3 <eos>"}])
+    write(tmp_path / "data" / "t" / "eval.jsonl", [OPEN])
+    code, out = check(capsys, tmp_path / "data", "--bases", base)
+    assert code == 2 and f"t: {base}: task 't': the completion ' w3 <eos>' spells the EOS token" in out
+    write(tmp_path / "data" / "t" / "train.jsonl", [{**GOOD, "choices": [" w3" * 128, " w4"]}])
+    write(tmp_path / "data" / "t" / "eval.jsonl", [GOOD])
+    code, out = check(capsys, tmp_path / "data", "--bases", base)                    # a row held out has all its choices
+    assert code == 2 and "an answer has 128 tokens" in out
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "vocab_size": 3}))
+    with pytest.raises(SystemExit, match="2"):
+        run_main(lambda: benchmarks.main(["--check", str(tmp_path / "data"), "--bases", str(base)]))
+    one_line(capsys, ["EOS '<eos>' has id 3", "embedding has 3 rows", str(base)])
 
 
 def test_check_names_every_problem(tmp_path, capsys):
@@ -152,7 +238,7 @@ def test_sample_is_random_seeded_nested_and_holds_rows_out():
     assert len(sample(rows * 5, 2000, 0)[1]) == 100
 
 
-def test_encode_joins_what_was_encoded_apart_and_cuts_from_the_left():
+def test_encode_cuts_prompts_from_the_left_but_for_bos():
     tokenizer = tiny_tokenizer(bos=True)
     rows = [Row("b", "w1 w2 w3", [" w4", " w5 w6"], 1), Row("a", " ".join(["w7"] * 30 + ["w8"]), [" w9", " w9"], 0)]
     (short, long), cut = encode(tokenizer, rows, ["a", "b"], max_length=12)

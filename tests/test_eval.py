@@ -2,11 +2,11 @@
 import json
 
 import pytest
-from conftest import command, fingerprint
+from conftest import command, edit, fingerprint, one_line
 
 import eval as evaluation, train
 from bases import load_base
-from runtime.files import append_jsonl, write_json
+from runtime.files import BadInput, append_jsonl, read_jsonl, write_json
 from data import encode, load_tasks
 from eval import adapters_of, write_results
 from score import score
@@ -55,10 +55,11 @@ def test_a_run_with_completions_end_to_end(opened, capsys):
 
     assert command(evaluation, "--run", opened) == 0
     found = [json.loads(line) for line in (opened / "results.jsonl").read_text().splitlines()]
-    contract = {"method", "base", "role", "task", "seed", "n", "select", "acc_norm", "log_loss", "rows", "seconds", "correct"}
+    contract = {"method", "base", "role", "task", "seed", "n", "select", "acc_norm", "log_loss", "rows", "seconds", "correct",
+                "measured_on", "fitted"}
     assert {(row["task"], row["method"]) for row in found} == {(t, m) for t in tasks for m in ("base", "lora", "portal")}
     for row in found:
-        assert set(row) == contract | ({"metric"} if row["task"] == "say" else set())
+        assert set(row) == contract | {"metric" if row["task"] == "say" else "acc_norm_harness"}
         assert sum(unpack(row["correct"], row["rows"])) / row["rows"] == row["acc_norm"]
     assert "Exact match of the decoded text is reported as acc_norm in say." in (opened / "results.md").read_text()
 
@@ -77,3 +78,69 @@ def test_the_table_takes_the_last_row_of_a_cell(tmp_path):
     text = (tmp_path / "results.md").read_text()
     assert "| a | seen | 10 | portal | 0.700 | 0.700 | 1.000 | 80% | 88% |" in text  # (.7 - .3) / (.8 - .3), .7 / .8
     assert "| one | 0.200 | 0.900 | 0.800 |" in text and (tmp_path / "a-n10.png").stat().st_size > 1000
+
+
+def test_any_methods_make_a_table(tmp_path):
+    write_json(tmp_path / "portal.json", {"bases": [{"base": "a"}]})
+    def table(*rows):
+        (tmp_path / "results.jsonl").unlink(missing_ok=True)
+        append_jsonl(tmp_path / "results.jsonl", *(dict(
+            method=method, base=base, role="seen", task=task, seed=0, n=0 if method == "base" else 10, select=select,
+            acc_norm=0.4, log_loss=1.0, rows=5, **({"measured_on": digest} if digest else {}))
+            for base, method, task, digest in rows for select in ("best", "final")))
+        write_results(tmp_path, ["one"])
+        return (tmp_path / "results.md").read_text()
+    share = "0.400 | 0.400 | 1.000 | -"
+    text = table(("a", "base", "one", "x"), ("a", "portal", "one", "x"))
+    assert f"| a | seen | - | base | {share} | - |\n| a | seen | 10 | portal | {share} | - |" in text
+    assert f"without lora: `python eval.py --run {tmp_path} --bases a --methods lora` measures" in text
+    text = table(("a", "portal", "one", "x"), ("b", "base", "one", "x"))              # two bases, neither with any other
+    assert f"| 10 | portal | {share} | - |" in text and f"| b | unseen | - | base | {share} | - |" in text
+    assert "--bases a --methods base,lora`" in text and "--bases b --methods lora`" in text
+    text = table(("a", "lora", "one", "x"), ("a", "portal", "one", "x"))
+    assert f"| portal | {share} | 100% |" in text and "no lift without base:" in text
+    assert "python eval.py" not in table(*(("a", m, "one", "x") for m in ("base", "lora", "portal")))
+    assert "python eval.py" not in table(("a", "base", "one", "x"), ("a", "lora", "one", None), ("a", "portal", "one", None))
+    text = table(("a", "base", "one", "x"), ("a", "lora", "one", "x"), ("a", "portal", "one", "y"))
+    assert "| portal |" not in text and "without one, on which" in text and "--methods base,lora,portal` measures all" in text
+
+
+def test_rows_edited_in_between_are_noticed(opened, capsys):
+    """Of evaluation, by the table; of training, by the fit of a LoRA beside the converter."""
+    def run(*argv):
+        capsys.readouterr()
+        return command(evaluation, "--run", opened, *argv)
+    data = opened.parent / "data" / "one"
+    assert run("--methods", "base,portal") == 0
+    assert "| portal |" in (out := capsys.readouterr().out) and "--methods lora` measures" in out
+    edit(data / "eval.jsonl", 1, {"prompt": "w1 w2 w3 w4"})
+    assert run("--methods", "portal") == 0
+    assert "without one, on which some of these methods" in (opened / "results.md").read_text()
+    digests = {(row["method"], row["task"]): row["measured_on"] for row in read_jsonl(opened / "results.jsonl")}
+    assert digests["base", "one"] != digests["portal", "one"] and digests["base", "say"] == digests["portal", "say"]
+    edit(data / "train.jsonl", 1, {"prompt": "w1 w2 w3 w4"})
+    assert run("--methods", "lora") == 2
+    one_line(capsys, ["the training rows of one are no longer", "base-a", "--overwrite"])
+    path = opened / "converters" / "base-a.json"
+    write_json(path, {k: v for k, v in json.loads(path.read_text()).items() if k != "rows"})
+    assert run("--methods", "lora") == 0                                             # an older run does not say which
+    assert "fitted before" not in capsys.readouterr().out
+    assert json.loads((opened / "baselines" / "lora" / "base-a.json").read_text())["fingerprint"]["weights"]
+
+
+def test_json_has_finite_numbers(tmp_path, opened, capsys):
+    for write in (lambda value: write_json(tmp_path / "a.json", value), lambda value: append_jsonl(tmp_path / "a.jsonl", {}, value)):
+        with pytest.raises(BadInput, match=r"a.jsonl?: not written: loss.0.b is not finite"):
+            write({"loss": [{"b": float("nan"), "c": 1.0}]})
+    assert not list(tmp_path.glob("a.json*"))
+    assert command(evaluation, "--run", opened, "--methods", "base") == 0
+    for line in ('"acc_norm": NaN', '"acc_norm": "high"', '"log_loss": Infinity'):
+        path = opened / "results.jsonl"
+        before = path.read_text()
+        key = line.split(":")[0]
+        first, rest = before.split("\n", 1)
+        path.write_text("\n".join([first.split(key)[0] + line + "," + first.split(key)[1].split(",", 1)[1], rest]))
+        capsys.readouterr()
+        assert command(evaluation, "--run", opened, "--methods", "base") == 2
+        one_line(capsys, ["results.jsonl:1: not a result row"])
+        path.write_text(before)

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3
 import export
 from bases import load_base
 from data import collate
+from merge import save_merged
 from eval import adapters_of
 from portal import MODULES, Adapters
 from runtime.files import append_jsonl, write_json
@@ -59,6 +60,7 @@ def test_peft_loads_the_folders(tmp_path, architecture, dtype):
     assert sorted(os.listdir(tmp_path / "out")) == sorted(TASKS)
     config = json.loads((tmp_path / "out" / "one" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(where) and config["lora_alpha"] / config["r"] == 2
+    assert type(config["lora_alpha"]) is int
     full_paths = any("." in target for target in config["target_modules"])
     assert full_paths == (architecture == "gemma3-multimodal")                       # its vision tower has a q_proj
 
@@ -92,9 +94,9 @@ def test_merging_in_float64_is_exact(tmp_path):
     run, where = make_run(tmp_path, save_tiny(tmp_path / "tiny", "gemma3"), MODULES)
     base = load_base(str(where), dtype=torch.float64)
     adapters = adapters_of(run, "portal", "tiny", base)
-    model = base.unpatch()
+    base.unpatch()
     for t, task in enumerate(TASKS):
-        export.save_merged(tmp_path / task, model, base, adapters, t)
+        save_merged(tmp_path / task, where, base, adapters, t, torch.float64)
     assert_same_logits(lambda task: AutoModelForCausalLM.from_pretrained(tmp_path / task, dtype=torch.float64),
                        run, where, torch.float64)
 
@@ -104,12 +106,12 @@ def test_any_methods_adapters_leave(tmp_path):
     base = load_base(str(where))
     torch.manual_seed(5)
     lora = Adapters({m: torch.randn(3, 3, 2, base.groups[m].d_in) for m in ("k", "up")},
-                    {m: 0.1 * torch.randn(3, 3, base.groups[m].d_out, 2) for m in ("k", "up")}, 1.5)
+                    {m: 0.1 * torch.randn(3, 3, base.groups[m].d_out, 2) for m in ("k", "up")}, 1.375)
     save_adapters(run / "baselines" / "lora" / "tiny.safetensors", lora)
     for task in TASKS:
         argv = ["--run", run, "--to", "tiny", "--task", task, "--out", tmp_path / task, "--method", "lora"]
         assert command(export, *argv) == 0
-    assert json.loads((tmp_path / "two" / "adapter_config.json").read_text())["lora_alpha"] == 3
+    assert (tmp_path / "two" / "adapter_config.json").read_text().count('"lora_alpha": 2.75,') == 1
     def load(task):
         return peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(where), tmp_path / task)
     assert_same_logits(load, run, where, torch.float32, "lora")
@@ -142,7 +144,7 @@ def test_bad_input_and_nothing_overwritten(tmp_path, capsys, monkeypatch):
     good = ["--to", "tiny", "--task", "one", "--out", out]
     fails(["'qwen3-4b' is not in", "holds tiny", "port.py"], "--to", "qwen3-4b", "--task", "one", "--out", out)
     save_tiny(tmp_path / "elsewhere" / "tiny")                                       # the same name, another base
-    fails(["is not in", "holds tiny"], "--to", tmp_path / "elsewhere" / "tiny", "--task", "one", "--out", out)
+    fails(["is not the base tiny of"], "--to", tmp_path / "elsewhere" / "tiny", "--task", "one", "--out", out)
     fails(["'tiny@4' is not in"], "--to", "tiny@4", "--task", "one", "--out", out)
     fails(["unknown task 'four'", "one, two, three"], "--to", "tiny", "--task", "four", "--out", out)
     fails(["no lora adapters of tiny", "eval.py"], *good, "--method", "lora")
@@ -165,6 +167,12 @@ def test_bad_input_and_nothing_overwritten(tmp_path, capsys, monkeypatch):
     path = run / "converters" / "tiny.safetensors"
     save_tensors(path, {k: v[:2] if k == "e" else v for k, v in load_tensors(path).items()})  # a layer less
     fails(["do not fit base tiny"], "--to", "tiny", "--task", "one", "--out", tmp_path / "other")
+    save_portal(run, make_portal(base := load_base(str(where))))
+    save_adapters(run / "baselines" / "lora" / "tiny.safetensors", make_portal(base).adapters("tiny"))
+    fitted = json.loads((run / "converters" / "tiny.json").read_text())
+    write_json(run / "baselines" / "lora" / "tiny.json", {**fitted, "n": 4})
+    fails(["lora adapters of tiny were not fitted on the base and rows"], "--to", "tiny", "--task", "one", "--method",
+          "lora", "--out", tmp_path / "other")
 
 
 @pytest.mark.gpu

@@ -2,14 +2,19 @@
 import contextlib, json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import lora_hooks, tiny_base, tiny_model
 from helpers import make_portal, of_task, plain_greedy, random_adapters
 
+from tokenizers import normalizers
+
+import score as scoring
+from runtime.files import BadInput
 from runtime.job import Job
 from data import Row, encode
-from score import decode, evaluate, lift
+from score import decode, evaluate, lift, score
 from portal import MODULES
 from train import fit, portal_learner
 
@@ -50,6 +55,49 @@ def test_a_tie_never_favours_the_gold_choice():
     base = tiny_base()
     items, _ = encode(base.tokenizer, [Row("one", "w1 w2", [" w4", " w4"], gold) for gold in (0, 1)], ["one"])
     assert evaluate(base, None, items, 100)[0]["acc_norm"] == 0
+
+
+def test_the_harness_counts_no_leading_space_and_the_first_of_a_tie():
+    rows = [Row("one", f"w{k}", [" w5", " w6 w7"], k % 2) for k in range(40)]
+    rows += [Row("tie", "w1 w2", [" w4", " w4"], gold) for gold in (0, 1)]
+    base = tiny_base()
+    items, _ = encode(base.tokenizer, rows, ["one", "tie"])
+    items[:9] = [item._replace(row=item.row._replace(choices=["w5", "  w6 w7"])) for item in items[:9]]
+    cells, correct = evaluate(base, None, items, 100), {}
+    for item, log_p in zip(items, score(base, None, items, 100)):
+        row = item.row
+        lengths = np.array([len(choice) - choice.startswith(" ") for choice in row.choices])
+        correct.setdefault(row.task, []).append(np.argmax(np.array(log_p) / lengths) == row.gold)
+    assert [cell["acc_norm_harness"] for cell in cells.values()] == [np.mean(own) for own in correct.values()]
+    assert cells[1]["acc_norm_harness"] == 0.5 and cells[1]["acc_norm"] == 0
+    assert cells[0]["acc_norm_harness"] != cells[0]["acc_norm"]
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_scores_that_are_not_finite_end_the_command(adapted):
+    base = tiny_base()
+    items, _ = encode(base.tokenizer, ROWS, ["one", "two"])
+    evaluate(base, None, items, 100)
+    adapters = random_adapters(base, tasks=2) if adapted else None
+    if adapted:
+        adapters.B["q"][1, 0] = float("inf")                                         # of task "two" alone
+    else:
+        base.model.lm_head.weight.data[base.tokenizer.convert_tokens_to_ids("w22")] = float("nan")
+    with pytest.raises(BadInput, match="base tiny.* task .*two: scores are not finite; try --dtype float32 or bfloat16"):
+        evaluate(base, adapters, items, 100)
+
+
+def test_exact_match_is_compared_as_people_read_it(monkeypatch):
+    """The tokenizer here makes small letters of all text; the prompt's last character and the first of "x5" are one word."""
+    base = tiny_base()
+    base.tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    golds = [" W5  w6", " W5", " cafe\u0301", " Ｗ7", " unknown", " w8\u200b"]
+    says = ["w5 w6", "w6", " caf\u00e9 ", "w7", "<unk>", "w8"]
+    items, _ = encode(base.tokenizer, [Row("t", "w1", [gold]) for gold in golds], ["t"])
+    monkeypatch.setattr(base, "generate", lambda *args: says)
+    assert evaluate(base, None, items, 1000)[0]["correct"] == [True, False, True, True, False, True]
+    joined = items[0]._replace(prompt=items[0].prompt[:0] + [4], continuations=[[6, 7, base.tokenizer.eos_token_id]])
+    assert scoring.golds(base.tokenizer, joined) == [" W5  w6", "w2 w3"]             # what its tokens say counts, too
 
 
 def test_a_decoded_text_has_as_many_lines_as_its_gold_completion_and_a_limit():

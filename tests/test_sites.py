@@ -306,7 +306,7 @@ def test_a_converter_of_other_layers_is_refused(unlike_world, capsys):
                     linear_key_head_dim=8, linear_value_head_dim=8)
     save(unlike_world / "hybrid", other)
     capsys.readouterr()
-    assert command(evaluation, "--run", "R", "--methods", "base,portal") == 2
+    assert command(evaluation, "--run", "R", "--methods", "base,portal", "--allow-changed-base") == 2
     one_line(capsys, ["the portal adapters of hybrid do not fit", "other layers or widths"])
 
 

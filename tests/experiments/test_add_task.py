@@ -174,7 +174,7 @@ def test_bad_input(run, world, capsys):
     fails(["data is not a task", "train.jsonl and eval.jsonl"], "--add-task", "data")
     fails(["nowhere is not a task"], "--add-task", "nowhere")
     fails(["trained with a task 'one'", "another name"], "--add-task", "data/one", "--overwrite")
-    fails(["converters of base-a, base-b, base-c"], "--add-task", "aside/four", "--bases", "./base-d")
+    fails(["it holds base-a, base-b, base-c"], "--add-task", "aside/four", "--bases", "./base-d")
     fails(["--modules does not go with --add-task"], "--add-task", "aside/four", "--modules", "all")
     fails(["not finite", "task four"], "--add-task", "aside/four", "--lr", "1e38")
     assert command(train, "--add-task", "aside/four", "--run", run, *ADD) == 0

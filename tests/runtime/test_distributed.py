@@ -65,7 +65,7 @@ def tensors(run):
 
 def rows(path):
     """The lines of a .jsonl file, but for what a clock or a memory gauge said."""
-    return [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "tokens_per_s", "peak_memory", "date")}
+    return [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "tokens_per_s", "peak_memory", "date", "fitted")}
             for line in path.read_text().splitlines()]
 
 
