@@ -16,7 +16,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 import tokens
 from checkpoints import (BITS, DEQUANTISED, check_complete, check_purpose, check_values, dequantised, fingerprint,
-                         quantisation, right_tokenizer, weight_files)
+                         quantisation, refuse_adapter, right_tokenizer, weight_files)
 from frozen import Base
 from runtime.distributed import RANK
 from runtime.files import ROOT, BadInput, first_line
@@ -119,6 +119,15 @@ def same(source, other):
     return paths[0] == paths[1] or all(path.exists() for path in paths) and paths[0].samefile(paths[1])
 
 
+def refuse_twin(base, others):
+    """Raises BadInput if a base has the weights of one of `others` {name: provenance} under another name."""
+    for name, p in others.items():
+        its = p.get("fingerprint")
+        if name != base.name and its and its["weights"] == base.provenance["fingerprint"]["weights"]:
+            raise BadInput(f"base {base.name} has the weights of {name}, on which the core is trained: one base under "
+                           "two names; name another")
+
+
 def find_base(held, spec, run):
     """Returns the tag of the base of a run that `spec` names: the tag itself, a short name, or whatever leads to the
     base recorded: its alias, hub id (with the revision asked for at the time, or the commit), folder or .gguf file.
@@ -139,16 +148,11 @@ def find_base(held, spec, run):
 # ---------------------------------------------------------------------------------------------- loading
 def pinned(source):
     """Returns (source with the commit that its revision is now, the folder that holds its files); of a folder or .gguf
-    file as it is. Raises BadInput if the hub, or its cache, has no such base, or an adapter lies beside it."""
+    file as it is. Raises BadInput if the hub, or its cache, has no such base."""
+    if not source.on_hub:
+        return source, pathlib.Path(source.where)
     try:
-        if not source.gguf and find_adapter_config_file(source.where, revision=source.revision):
-            raise BadInput(f"base {source.where} holds an adapter, too (adapter_config.json), which transformers would "
-                           "add in silence; move its files elsewhere, or merge it into the base first")
-        if not source.on_hub:
-            return source, pathlib.Path(source.where)
         path = pathlib.Path(huggingface_hub.hf_hub_download(source.where, "config.json", revision=source.revision))
-    except BadInput:
-        raise
     except Exception as error:                                                       # of the network or the hub
         at = f"@{source.revision}" if source.revision else ""
         raise BadInput(f"base {source.where}{at} could not be loaded from the hub: {first_line(error)}")
@@ -156,9 +160,7 @@ def pinned(source):
 
 
 def pretrained(cls, source, **options):
-    """Returns cls.from_pretrained of a Source, or of what a spec names, without remote code. Raises BadInput if it
-    fails."""
-    source = source if isinstance(source, Source) else pinned(resolve(source))[0]
+    """Returns cls.from_pretrained of a pinned Source, without remote code. Raises BadInput if it fails."""
     try:
         return cls.from_pretrained(source.where, revision=source.revision, trust_remote_code=False,
                                    **({"gguf_file": source.gguf} if source.gguf else {}), **options)
@@ -166,21 +168,29 @@ def pretrained(cls, source, **options):
         raise BadInput(f"base {source.name!r} could not be loaded from {source.where}: {first_line(error)}")
 
 
-def load_tokenizer(source):
-    """Returns the tokenizer of a Source, or of what a spec names, prepared for `encode`: see tokens.prepare."""
-    source, folder = pinned(source if isinstance(source, Source) else resolve(source))
-    tokenizer = pretrained(AutoTokenizer, source)
-    if not source.gguf:
-        tokenizer = right_tokenizer(source.name, tokenizer, folder)
-    return tokens.prepare(tokenizer, pretrained(AutoConfig, source), eos_of(source))
+def load_config(spec):
+    """Returns the transformers config of the base that `spec` names. Raises BadInput."""
+    return pretrained(AutoConfig, pinned(resolve(spec))[0])
 
 
-def eos_of(source):
-    """The EOS token ids that a base's generation_config.json names (an int or a list), or None."""
+def load_tokenizer(spec):
+    """Returns the tokenizer of the base that `spec` names, prepared for `encode`. Raises BadInput."""
+    return tokenizer_of(*pinned(resolve(spec)))
+
+
+def tokenizer_of(source, folder):
+    """Returns the tokenizer of a pinned Source, prepared for `encode`: see tokens.prepare. Raises BadInput."""
+    tokenizer, config = pretrained(AutoTokenizer, source), pretrained(AutoConfig, source)
+    if source.gguf:
+        return tokens.prepare(tokenizer, config)
+    tokenizer = right_tokenizer(source.name, tokenizer, folder)
     try:
-        return GenerationConfig.from_pretrained(source.where, revision=source.revision).eos_token_id
-    except (OSError, ValueError):                                                    # most often there is none
-        return None
+        eos = GenerationConfig.from_pretrained(source.where, revision=source.revision).eos_token_id
+    except (OSError, ValueError) as error:                                           # most often there is none
+        if (folder / "generation_config.json").exists():
+            raise BadInput(f"base {source.name!r}: generation_config.json is not readable: {first_line(error)}")
+        eos = None
+    return tokens.prepare(tokenizer, config, eos)
 
 
 def auto_class(config):
@@ -209,7 +219,11 @@ def reading(source, config, device, dtype, quantize, device_map):
     if quantize not in (None, own, *["4bit"] * (own is None)):
         raise BadInput(f"base {source.name!r}: --quantize {quantize} does not go with its weights, which are "
                        f"{own or 'not quantised'}")
-    options = dict(dtype=torch.float32) if source.gguf else dict(dtype=dtype, use_safetensors=True)
+    # Other shapes than the config's are named by check_complete; transformers' error would not name them.
+    options = dict(dtype=torch.float32) if source.gguf else dict(
+        dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True)
+    if source.on_hub:                                                                # else it looks at the main branch
+        options["adapter_kwargs"] = dict(revision=source.revision)
     if quantize and not own:
         options["quantization_config"] = four_bits(device, dtype)
     if own in DEQUANTISED:
@@ -227,6 +241,10 @@ def load_base(spec, device="cpu", dtype=torch.float32, recompute=False, device_m
     source, folder = pinned(asked)
     config = pretrained(AutoConfig, source)
     check_purpose(source.name, config)
+    if source.on_hub:
+        find_adapter_config_file(source.where, revision=source.revision)             # fetches it, if there is one
+    if not source.gguf:
+        refuse_adapter(source.name, folder)
     quantize, options = reading(source, config, device, dtype, quantize, device_map)
     listed = getattr(config, "transformers_weights", None)
     if not source.on_hub:                                                            # else they are yet to be fetched
@@ -240,7 +258,7 @@ def load_base(spec, device="cpu", dtype=torch.float32, recompute=False, device_m
         p.data = p.data.to(dtype)                                                    # some weights are to stay as wide
     if not options["device_map"]:
         model.to(device)
-    base = Base(model, load_tokenizer(source), source.name, dict(
+    base = Base(model, tokenizer_of(source, folder), source.name, dict(
         id=source.id, revision=source.revision, requested=asked.revision, quantize=quantize,
         fingerprint=fingerprint(folder, files, source.gguf)))
     if recompute:

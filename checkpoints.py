@@ -11,11 +11,12 @@ from transformers import PreTrainedTokenizerFast
 
 from runtime.files import BadInput, read_json
 
+PLAIN = "F64", "F32", "F16", "BF16"                                                  # dtypes of unquantised weights
 DEQUANTISED = "fp8", "mxfp4"                      # block-wise formats that are read as plain weights, in --dtype
 BITS = {"load_in_4bit": "4bit", "load_in_8bit": "8bit"}                              # bitsandbytes keeps its layers
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
              "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "added_tokens.json")
-NO_MATTER = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "chat_template"}
+NO_MATTER = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "chat_template"}  # of the two configs
 
 
 def weight_files(folder, gguf=None, listed=None):
@@ -36,12 +37,28 @@ def weight_files(folder, gguf=None, listed=None):
                        + "; weights are read from safetensors only")
     if path.suffix != ".json":
         return [path]
-    shards = sorted(set(read_json(path).get("weight_map", {}).values()))
+    shards = sorted(set(weight_map(path).values()))
     missing = [shard for shard in shards if not (folder / shard).is_file()]
     if missing or not shards:
         raise BadInput(f"base {folder}: {path.name} lists {', '.join(missing[:3]) or 'no files'}"
                        f"{' ...' * (len(missing) > 3)}, not in the folder ({len(missing)} of {len(shards)} shards)")
     return [folder / shard for shard in shards]
+
+
+def refuse_adapter(name, folder):
+    """Raises BadInput if an adapter lies in a base's folder: transformers would add it in silence."""
+    if (folder / "adapter_config.json").exists():
+        raise BadInput(f"base {name!r} holds an adapter, too ({folder / 'adapter_config.json'}); move its files "
+                       "elsewhere, or merge it into the base first")
+
+
+def weight_map(path):
+    """Returns {name of a tensor: its file} of an index of shards. Raises BadInput."""
+    index = read_json(path)
+    found = index.get("weight_map", {}) if isinstance(index, dict) else None
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise BadInput(f"{path}: not an index of shards; it needs a weight_map {{tensor: file}}")
+    return found
 
 
 def check_purpose(name, config):
@@ -85,7 +102,10 @@ def check_complete(spec, model, info):
     def some(names):
         names = sorted(map(str, names))
         return f"{', '.join(names[:3])}{' ...' * (len(names) > 3)} ({len(names)} in all)"
-    missing, unused, wrong = info["missing_keys"], info["unexpected_keys"], []       # other shapes are its own error
+    other, wrong = {name for name, *_ in info["mismatched_keys"]}, []                # (name, its shapes)
+    missing, unused = set(info["missing_keys"]) - other, info["unexpected_keys"]
+    if other:
+        wrong.append(f"its config.json gives another shape to {some(other)}")
     if missing:
         wrong.append(f"its files lack {some(missing)}" + (f"; they have instead {some(unused)}" if unused else ""))
     # A tensor beside those of a layer that the model has is one that its class does not know: a bias, a norm, a layer.
@@ -114,17 +134,17 @@ def check_values(name, model, files):
     parameters = dict(model.named_parameters())
     for path in files:
         for own, dtype, *_ in headers(path):
-            if dtype.startswith(("I", "U", "F8", "F4", "F6")) and (own in parameters or own.endswith("weight")):
+            if dtype not in PLAIN and (own in parameters or own.endswith("weight")):
                 raise BadInput(f"base {name!r}: {own} is {dtype} in {path.name}, which is no plain weight, and "
                                "config.json has no quantization_config that says what it stands for")
         with safetensors.safe_open(path, "pt") as file:
             for own in file.keys() & parameters.keys():
                 tensor, p = file.get_tensor(own), parameters[own]
+                if not tensor.isfinite().all():
+                    raise BadInput(f"base {name!r}: {own} is not finite in {path.name}; restore the file")
                 if tensor.shape == p.shape and not torch.equal(tensor.to(p.device, p.dtype), p):  # else converted
-                    raise BadInput(f"base {name!r}: " + (
-                        f"{own} is not finite in {path.name}; restore the file" if tensor.isnan().any() else
-                        f"{own} is not as in {path.name}; transformers {transformers.__version__} changes it when "
-                        f"{type(model).__name__} is loaded"))
+                    raise BadInput(f"base {name!r}: {own} is not as in {path.name}; transformers "
+                                   f"{transformers.__version__} changes it when {type(model).__name__} is loaded")
 
 
 # ---------------------------------------------------------------------------------------------- the tokenizer
@@ -136,7 +156,7 @@ def right_tokenizer(name, tokenizer, folder):
     nothing where the files are missing, and whose class may ignore what tokenizer.json says of byte-level BPE (its
     split of words): then the one that transformers makes of the file alone. Raises BadInput."""
     files = sorted({"tokenizer.json", *tokenizer.vocab_files_names.values()})
-    if not any((folder / file).is_file() for file in files):
+    if tokenizer.vocab_files_names and not any((folder / file).is_file() for file in files):  # bytes need no file
         raise BadInput(f"base {name!r} has no tokenizer: {folder} has none of {', '.join(files)}")
     path = folder / "tokenizer.json"
     if not path.is_file() or '"ByteLevel"' not in json.dumps(read_json(path).get("pre_tokenizer")):
@@ -158,12 +178,15 @@ def fingerprint(folder, files, gguf=None):
         with open(files[0], "rb") as file:
             return {"weights": hashlib.file_digest(file, "sha256").hexdigest()}
     tensors = sorted(part for path in files for part in tensor_digests(path))
-    config = read_json(folder / "config.json")
-    tokens = []
+    held = []
     for path in (folder / name for name in TOKENIZER):
         if path.exists():
-            tokens.append([path.name, plain(read_json(path)) if path.suffix == ".json" else digest(path.read_bytes())])
-    return {"weights": digest(tensors), "config": digest(plain(config)), "tokenizer": digest(tokens)}
+            held.append([path.name, plain(read_json(path)) if path.name == "tokenizer_config.json" else
+                         digest(path.read_bytes())])
+    if (path := folder / "generation_config.json").exists():                         # see tokens.prepare
+        held.append(read_json(path).get("eos_token_id"))
+    return {"weights": digest(tensors), "config": digest(plain(read_json(folder / "config.json"))),
+            "tokenizer": digest(held)}
 
 
 def headers(path):

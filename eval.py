@@ -54,7 +54,8 @@ def adapters_of(run, method, tag, base, final=False):
 def same_fit(before, now):
     """Whether a baseline with provenance `before` was fitted on the base and rows of a converter's provenance `now`.
     What an older provenance does not say, counts as the same."""
-    return all(before.get(key) == now[key] for key in ("id", "revision", "n", "seed", "data")) and all(
+    same = before.get("quantize", now.get("quantize")) == now.get("quantize")
+    return same and all(before.get(key) == now[key] for key in ("id", "revision", "n", "seed", "data")) and all(
         None in (before.get(key), now.get(key)) or before[key] == now[key] for key in ("fingerprint", "rows"))
 
 
@@ -106,7 +107,8 @@ class Evaluation:
             return
         self.fitted.add(what)
         base = self.base_of(tag)
-        p = {"tag": tag, "added": self.added, **self.provenance[tag], "fingerprint": base.provenance["fingerprint"]}
+        p = {"tag": tag, "added": self.added, **self.provenance[tag],
+             **{key: base.provenance[key] for key in ("fingerprint", "quantize")}}
         path = self.run / "baselines" / method / f"{tag}.json"
         before = {"added": {}, **read_json(path)} if path.exists() else {}
         there = before and same_fit(before, p) and before["added"] == p["added"]
@@ -135,8 +137,8 @@ class Evaluation:
         """Evaluates one method on one base, selected and last epoch; appends a row for each task to results.jsonl."""
         p, cells = self.provenance[tag], None
         tag, n = (base.name, 0) if method == "base" else (tag, p["n"])               # the bare base: once, whatever n
-        row = dict(role="seen" if base.name in self.seen else "unseen", seed=p["seed"], n=n,
-                   fitted=fit_date(self.run, method, tag))
+        row = dict(role="seen" if base.name in self.seen else "unseen", seed=p["seed"], n=n)
+        dates = {task: fit_date(self.run, method, tag, task) for task in self.cfg.tasks}
         files = [base.provenance.get(key) for key in ("fingerprint", "quantize")]
         on = digests_of({task: [files, [row for row in self.rows if row.task == task]] for task in self.cfg.tasks})
         folder = {"portal": "converters", "lora": "baselines/lora"}.get(method)
@@ -152,8 +154,8 @@ class Evaluation:
                 seconds = round((time.time() - start) / len(cells), 3)
             self.journal.add(part, self.run / "results.jsonl", [dict(
                 method=method, base=base.name, task=self.cfg.tasks[t], select=select, seconds=seconds, **row,
-                measured_on=on[self.cfg.tasks[t]], **{**cell, "correct": pack(cell["correct"])})
-                for t, cell in cells.items()])
+                fitted=dates[self.cfg.tasks[t]], measured_on=on[self.cfg.tasks[t]],
+                **{**cell, "correct": pack(cell["correct"])}) for t, cell in cells.items()])
             if select == "best":
                 mean = sum(cell["acc_norm"] for cell in cells.values()) / len(cells)
                 print(f"{tag} {method}: acc_norm {mean:.3f}", flush=True)

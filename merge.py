@@ -14,7 +14,7 @@ from transformers.core_model_loading import (WeightConverter, WeightRenaming, re
 from transformers.pytorch_utils import Conv1D
 
 from bases import pretrained
-from checkpoints import weight_files
+from checkpoints import weight_files, weight_map
 from runtime.files import BadInput, read_json
 
 FORMATS = "safetensors|bin|pth?|ckpt|gguf|ggml|h5|msgpack|onnx|onnx_data|ot|npz|tflite"
@@ -75,7 +75,7 @@ def copy_rest(where, folder, files, before, after):
             if inner in files or inner == "README.md":
                 continue
             index = read_json(where / inner) if WEIGHTS.fullmatch(name) and name.endswith(".index.json") else None
-            if WEIGHTS.fullmatch(name) and not (index and set(index.get("weight_map", {}).values()) <= files):
+            if WEIGHTS.fullmatch(name) and not (index and set(weight_map(where / inner).values()) <= files):
                 left.append(inner)
                 continue
             new.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +117,7 @@ def changes_of(base, adapters, t, names, where):
         if not keys:
             converted[f"{path}.weight"] = change(path)[1]
     for key, pair in (unconverted(base.model, converted) if converted else {}).items():
-        found[key] = lambda pair=pair: pair
+        found[key] = functools.partial(tuple, pair)
     if missing := sorted(found.keys() - names.keys()):
         raise BadInput(f"--merge: the files of {where} have no {missing[0]}, which an adapted weight is made of; "
                        "without --merge an adapter is written")

@@ -13,7 +13,7 @@ from typing import Callable, NamedTuple
 import torch
 from tqdm import tqdm
 
-from bases import TOY_UNSEEN, find_base, load_base, reload_base, short_names
+from bases import TOY_UNSEEN, find_base, load_base, refuse_twin, reload_base, short_names
 from data import MAX_LENGTH, load_run_tasks, print_fewer, sample
 from frozen import same_depths
 from portal import Converter, layers_of
@@ -156,14 +156,6 @@ def fits_to_do(run, args, seen, journal):
     return jobs
 
 
-def refuse_twin(base, seen, run):
-    """Raises BadInput if the core was trained on this very base under another name: it would count as unseen."""
-    for name, p in seen.items():
-        its = p.get("fingerprint")
-        if name != base.name and its and its["weights"] == base.provenance["fingerprint"]["weights"]:
-            raise BadInput(f"{base.name} has the weights of {name}, on which {run} was trained: it is no unseen base")
-
-
 def main(argv=None, how=Change()):
     args = parse(__doc__, "to n align run data epochs batch-size lr max-tokens recompute seed device dtype device-map "
                           "quantize allow-changed-base overwrite dry-run", argv, (TOY["port"], REAL["port"]),
@@ -191,7 +183,7 @@ def main(argv=None, how=Change()):
 
     for spec, fits in jobs:
         base = load_base(spec, args.device, args.dtype, args.recompute, args.device_map, args.quantize)
-        refuse_twin(base, seen, run)
+        refuse_twin(base, seen)                                                      # it would count as unseen
         settings = {k: v for k, v in resolve_settings(args, preset([base.name])["port"]).items() if k != "n"}
         for tag, n in fits:
             print_fewer(data, n)

@@ -15,7 +15,6 @@ from runtime.files import BadInput, first_line
 MAX_LENGTH = 1024  # tokens of a prompt with its longest choice
 WHOLE = dict(padding=False, truncation=False, return_attention_mask=False, return_token_type_ids=False, verbose=False)
 TWIN = "the gold choice has the same tokens as another"
-NO_EOS = "neither tokenizer nor config names an EOS token, so that no end is learned"
 
 
 class Limits(NamedTuple):
@@ -78,9 +77,9 @@ def prepare(tokenizer, config, eos=None):
 
 
 def is_marker(tokenizer, k):
-    """Whether id k is a special token. A config's EOS may be its class's default, an ordinary word here."""
+    """Whether id k is a special token. A config's EOS may be its class's default, here an ordinary word or <unk>."""
     token = tokenizer.convert_ids_to_tokens(k) if k >= 0 else None
-    return token is not None and (k in tokenizer.added_tokens_decoder
+    return token is not None and k != tokenizer.unk_token_id and (k in tokenizer.added_tokens_decoder
                                   or re.fullmatch(r"<(?!0x).+>|\[.+\]", token) is not None)
 
 
@@ -178,15 +177,20 @@ def encode(tokenizer, rows, tasks, choices="all", max_length=MAX_LENGTH):
         same = sum(is_twin(row, t.continuations) for row, t in zip(rows, found) if row.task == task)
         if same:
             say(tokenizer, task, f"in {same} of {total} rows {TWIN}; the model cannot tell them apart")
-    eos, stops = tokenizer.eos_token_id, limits(tokenizer).stops
-    for task in {row.task: None for row in rows if row.open}:
-        if eos is None:
-            say(tokenizer, task, f"its rows are completions, but {NO_EOS}")
-        elif stops and eos not in stops:
-            others = ", ".join(map(str, tokenizer.convert_ids_to_tokens(stops)))
-            say(tokenizer, task, f"its completions end with the tokenizer's EOS {tokenizer.eos_token!r}, but the "
-                                 f"base's config stops generation at {others}")
+    for task in {row.task: None for row in rows if row.open and wrong_end(tokenizer)}:
+        say(tokenizer, task, f"its rows are completions, but {wrong_end(tokenizer)}")
     return to_items(tokenizer, rows, found, tasks, choices, max_length)
+
+
+def wrong_end(tokenizer):
+    """Return why a completion's end is not learned, or not heeded by a merged model; None if all is well."""
+    eos, stops = tokenizer.eos_token_id, limits(tokenizer).stops
+    if eos is None:
+        return "neither tokenizer nor config names an EOS token, so that no end is learned"
+    if stops and eos not in stops:
+        named = ", ".join(str(tokenizer.convert_ids_to_tokens(k) if 0 <= k < len(tokenizer) else k) for k in stops)
+        return f"they end with the tokenizer's EOS {tokenizer.eos_token!r} and its config stops generation at {named}"
+    return None
 
 
 def say(tokenizer, task, what):
@@ -209,15 +213,16 @@ def odd_rows(tokenizer, rows, found):
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     special = {*tokenizer.all_special_tokens, *added} - {None if unknown is None else tokenizer.unk_token}
     special = re.compile("|".join(map(re.escape, sorted(special))) or "(?!)")
-    odd = {f"completions, but {NO_EOS}": [], f"rows in which {TWIN}": [], "rows with unknown tokens": [],
+    end = wrong_end(tokenizer)
+    odd = {f"completions, but {end}": [], f"rows in which {TWIN}": [], "rows with unknown tokens": [],
            "rows whose text spells a special token": [], "rows that the tokenizer changes": []}
-    no_eos, twin, unknowns, spelled, changed = odd.values()
+    ends, twin, unknowns, spelled, changed = odd.values()
     for row, (head, prompt, continuations) in zip(rows, found):
         texts = [row.prompt + choice for choice in row.choices]
         ids = [prompt[head:] + own for own in continuations]
-        if row.open and tokenizer.eos_token_id is None:
-            no_eos.append(texts[0])
-        elif row.open:
+        if row.open and end:
+            ends.append(texts[0])
+        if row.open and tokenizer.eos_token_id is not None:
             ids = [ids[0][:-1]]
         if is_twin(row, continuations):
             twin.append(row.choices[row.gold])

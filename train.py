@@ -13,7 +13,7 @@ import importlib, shutil
 import torch, transformers
 import torch.nn.functional as F
 
-from bases import TOY as TOY_BASES, TOY_SEEN, load_base, short_names
+from bases import TOY as TOY_BASES, TOY_SEEN, load_base, refuse_twin, short_names
 from data import Rounds, collate, load_tasks, micro_batches, print_fewer, sample, to_device
 from portal import MODULES, Config, Converter, Portal
 from runtime.distributed import RANK, all_sum, shard
@@ -262,6 +262,7 @@ def main(argv=None, sizes={}, change=lambda portal: None, weigh=None, step=one_r
     torch.manual_seed(seed)
     portal = Portal(cfg)
     for base in bases:
+        refuse_twin(base, {other.name: other.provenance for other in bases})
         portal.converters[base.name] = Converter(cfg, base.groups_of(cfg.modules))
     change(portal)
     portal.to(args.device)

@@ -20,7 +20,7 @@ def fit_baseline(run, method, base, rows, provenance, settings, generate, learne
     save_states(learners, settings["epochs"],
                 lambda final: save_adapters(last if final else selected, generate(base.name)))
     write_json(path, dict(
-        {key: provenance.get(key) for key in "base id revision fingerprint n seed data rows added".split()},
+        {key: provenance.get(key) for key in "base id revision fingerprint quantize n seed data rows added".split()},
         settings=settings,
         epoch_selected={task: learner.epoch for learner in learners for task in learner.tasks},
         seconds=round(job.seconds, 1), date=today()))

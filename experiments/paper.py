@@ -15,10 +15,9 @@ import argparse, json, pathlib, re, shlex, shutil
 
 import pandas as pd
 import torch
-from transformers import AutoConfig
 
 import eval, port, train
-from bases import TOY_SEEN, TOY_UNSEEN, pretrained, short_name
+from bases import TOY_SEEN, TOY_UNSEEN, load_config as config_of, short_name
 from experiments.ablations import ABLATIONS, COMPETITION, DIVIDED, PORT_ABLATIONS, Variant, watched
 from portal import MODULES
 from runtime.files import ROOT, BadInput, read_json, read_jsonl, require_same, write_json, write_whole
@@ -235,7 +234,7 @@ class Steps:
                     count(run, step["variant"], parameters, costs, every)
         sources = self.args.bases or TOY_SEEN
         seen = [short_name(spec) for spec in sources]
-        types = {short_name(spec): pretrained(AutoConfig, spec).model_type for spec in (*sources, *self.targets)}
+        types = {short_name(spec): config_of(spec).model_type for spec in (*sources, *self.targets)}
         within = [name for name in types if name not in seen and types[name] in {types[s] for s in seen}]
         flags = "".join(f" --{k} {shlex.quote(value)}" for k, value in self.given.items() if k != "sweep" and value)
         write_json(self.out / "about.json", dict(

@@ -21,10 +21,14 @@ def unpack(text, rows):
     return correct
 
 
-def fit_date(run, method, tag):
-    """Returns when the adapters of a method on a base were fitted, or None if the run does not say."""
+def fit_date(run, method, tag, task):
+    """Returns when the adapters of a method on a base were fitted, and a task's latent that was added later, or None if
+    the run does not say."""
     path = run / ("converters" if method == "portal" else f"baselines/{method}") / f"{tag}.json"
-    return read_json(path).get("date") if path.exists() else None
+    saved = run / "portal.json"
+    date = read_json(path).get("date") if path.exists() else None
+    added = read_json(saved).get("added", {}) if method == "portal" and saved.exists() else {}
+    return f"{date}, {added[task]['date']}" if task in added else date
 
 
 def read_results(run):
@@ -34,7 +38,7 @@ def read_results(run):
     def add(row):
         if not (0 <= row["acc_norm"] <= 1 and row["log_loss"] > -1e-3 and row["rows"] > 0):
             raise ValueError(f"acc_norm {row['acc_norm']}, log_loss {row['log_loss']}, rows {row['rows']}")
-        now = [dates(row["method"], tag) for tag in (row["base"], f"{row['base']}@{row['n']}")]
+        now = [dates(row["method"], tag, row["task"]) for tag in (row["base"], f"{row['base']}@{row['n']}")]
         if row.get("fitted") is None or row["fitted"] in now or now == [None, None]:
             found.setdefault((row["base"], row["n"], row["method"], row["select"]), {})[row["task"]] = row
     each_line(run / "results.jsonl", add, "a result row")

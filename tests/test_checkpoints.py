@@ -104,6 +104,10 @@ def test_files_that_are_a_part_of_something_are_refused_with_the_cause(tmp_path)
     index.write_text('{"weight_map": {}}')
     with pytest.raises(BadInput, match="index.json lists no files"):
         load_base(str(tmp_path / "base"))
+    for text in ("[]", '{"weight_map": []}', '{"weight_map": {"a": 1}}'):
+        index.write_text(text)
+        with pytest.raises(BadInput, match="index.json: not an index of shards; it needs a weight_map"):
+            load_base(str(tmp_path / "base"))
     index.unlink()
     with pytest.raises(BadInput, match=f"no model.safetensors .*but {parts[0].name}.*shards need their index"):
         load_base(str(tmp_path / "base"))
@@ -142,12 +146,26 @@ def test_what_is_no_language_model_is_refused(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("bad, words", [(float("nan"), "model.norm.weight is not finite in model.safetensors"),
-                                        (float("inf"), "its logits are not finite in float32; try another --dtype")])
+                                        (float("-inf"), "model.norm.weight is not finite in model.safetensors"),
+                                        (3e38, "its logits are not finite in float32; try another --dtype")])
 def test_weights_that_are_not_finite_are_named_as_such(tmp_path, bad, words):
     folder = save_tiny(tmp_path / "base")
     change_weights(folder, lambda tensors: {**tensors, "model.norm.weight": torch.full((24,), bad)})
     with pytest.raises(BadInput, match=words):
         load_base(str(folder)).packs
+
+
+def test_other_shapes_than_the_configs_are_named(tmp_path):
+    folder = save_tiny(tmp_path / "base")
+    change_config(folder, vocab_size=70)
+    with pytest.raises(BadInput, match="its config.json gives another shape to lm_head.weight, model.embed_tokens.weight .2 in all"):
+        load_base(str(folder))
+
+
+def test_a_float64_file_is_no_packed_one(tmp_path):
+    folder = save_tiny(tmp_path / "base")
+    change_weights(folder, lambda tensors: {name: t.double() for name, t in tensors.items()})
+    assert torch.equal(load_base(str(folder)).model.lm_head.weight, tiny_model().lm_head.weight)
 
 
 # ------------------------------------------------------------------------------------------------ the tokenizer
@@ -159,6 +177,12 @@ def test_the_eos_of_generation_config_serves_a_tokenizer_without_one(tmp_path):
     change_config(folder, eos_token_id=None)
     (folder / "generation_config.json").write_text('{"eos_token_id": [3, 7]}')
     assert load_tokenizer(str(folder)).eos_token == "<eos>"
+    before = fingerprint(folder, [])
+    (folder / "generation_config.json").write_text('{"eos_token_id": 3, "temperature": 2.0}')
+    assert load_tokenizer(str(folder)).eos_token == "<eos>" and fingerprint(folder, [])["tokenizer"] != before["tokenizer"]
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(BadInput, match="base 'base': generation_config.json is not readable"):
+        load_tokenizer(str(folder))
     (folder / "generation_config.json").unlink()
     assert load_tokenizer(str(folder)).eos_token is None
 
@@ -193,7 +217,7 @@ def test_the_split_of_words_is_that_of_tokenizer_json(tmp_path, tokenizer_class,
 def test_an_adapter_in_the_folder_is_refused(tmp_path):
     folder = save_tiny(tmp_path / "base")
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    with pytest.raises(BadInput, match="base holds an adapter, too .adapter_config.json."):
+    with pytest.raises(BadInput, match="base 'base' holds an adapter, too .*adapter_config.json"):
         load_base(str(folder))
     (folder / "config.json").unlink()
     with pytest.raises(BadInput, match="no config.json; it holds an adapter"):
@@ -216,7 +240,7 @@ def test_how_files_are_quantised_is_read_from_the_config():
                                      (eight, None, "8bit", {"device_map": cpu})):
         found, given = reading(source, config(own), "cpu", torch.float16, asked, None)
         assert found == how and {k: v for k, v in given.items() if k != "config"} == {
-            "dtype": torch.float16, "use_safetensors": True, "device_map": None, **options}
+            "dtype": torch.float16, "use_safetensors": True, "ignore_mismatched_sizes": True, "device_map": None, **options}
         assert ("config" in given) == (how == "fp8")
     assert reading(source, config(four), "cpu", torch.float16, None, "auto")[1]["device_map"] == "auto"
     assert reading(source._replace(gguf="x.gguf"), config(four), "cpu", torch.float16, None, None) == (None, dict(dtype=torch.float32, device_map=None))

@@ -105,6 +105,28 @@ def test_any_methods_make_a_table(tmp_path):
     assert "| portal |" not in text and "without one, on which" in text and "--methods base,lora,portal` measures all" in text
 
 
+def test_what_was_fitted_again_since_is_left_out(tmp_path):
+    """A port, a LoRA, and the latent of a task that was added later; a sweep's converter has its n in its name."""
+    write_json(tmp_path / "portal.json", {"added": {"two": {"date": "z1"}}})
+    for name, date in (("converters/a", "c1"), ("converters/a@5", "c5"), ("baselines/lora/a", "l1"), ("baselines/copy/a", None)):
+        write_json(tmp_path / f"{name}.json", {"date": date})
+    rows = [("portal", "one", 10, "c1", True), ("portal", "one", 5, "c5", True), ("portal", "one", 4, "c0", False), ("lora", "one", 10, "l1", True),
+            ("lora", "two", 10, "l0", False), ("portal", "two", 10, "c1, z1", True), ("portal", "two", 5, "c5, z0", False), ("copy", "one", 10, None, True),
+            ("base", "one", 0, None, True), ("random", "one", 10, "gone", True)]
+    append_jsonl(tmp_path / "results.jsonl", *(dict(method=m, base="a", task=task, n=n, select="best", acc_norm=0.5, log_loss=1.0, rows=2, fitted=fitted)
+                                               for m, task, n, fitted, _ in rows))
+    found = {(m, task, n) for (_, n, m, _), tasks in read_results(tmp_path).items() for task in tasks}
+    assert found == {(m, task, n) for m, task, n, _, kept in rows if kept}
+
+
+def test_a_lora_of_another_base_or_quantisation_is_no_same_fit():
+    now = dict(id="x", revision=None, n=8, seed=0, data="d", fingerprint={"weights": "1"}, rows={"one": "2"}, quantize="4bit")
+    old = {k: v for k, v in now.items() if k not in ("fingerprint", "rows", "quantize")}
+    assert evaluation.same_fit(now, now) and evaluation.same_fit(old, now) and evaluation.same_fit(now, {**now, "rows": None})
+    for key, value in dict(id="y", revision="r", n=9, seed=1, data="e", fingerprint={"weights": "0"}, rows={"one": "0"}, quantize=None).items():
+        assert not evaluation.same_fit({**now, key: value}, now)
+
+
 def test_rows_edited_in_between_are_noticed(opened, capsys):
     """Of evaluation, by the table; of training, by the fit of a LoRA beside the converter."""
     def run(*argv):

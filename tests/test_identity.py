@@ -126,7 +126,7 @@ def test_the_commit_of_a_hub_id_is_recorded_and_loaded_again(world, hub_cache, c
     assert files_of(p) == first and "the hub is out of reach" in capsys.readouterr().out
     (second / "adapter_config.json").write_text("{}")
     assert load_base(f"Org/Drift@{A}").provenance["requested"] == A                   # the adapter is in the other commit
-    with pytest.raises(BadInput, match="base Org/Drift holds an adapter, too"):
+    with pytest.raises(BadInput, match="base 'drift' holds an adapter, too"):
         load_base("Org/Drift")
     shutil.rmtree(first)
     with pytest.raises(BadInput, match="base Org/Drift: its files could not be loaded from the hub"):

@@ -238,16 +238,22 @@ def test_without_any_eos_completions_are_warned_of_once(capsys):
 
 
 @pytest.mark.parametrize("settings, eos, stops", [(dict(eos_token_id=7), None, "w3"), (dict(eos_token_id=[7, 8]), None, "w3, w4"),
-                                                  (dict(eos_token_id=3), [7, 90], "w3, None"), (dict(eos_token_id=7), 3, None),
+                                                  (dict(eos_token_id=3), [7, 90, -1], "w3, 90, -1"), (dict(eos_token_id=7), 3, None),
                                                   (dict(eos_token_id=[7, 3]), None, None), ({}, None, None)])
 def test_an_eos_at_which_the_model_will_not_stop_is_warned_of(capsys, settings, eos, stops):
     """The tokenizer's is 3. generation_config's ids, if it has some, are those at which generation stops."""
     tokenizer = prepare(tiny_tokenizer(), config(**{"eos_token_id": None, **settings}), eos)
     assert encode(tokenizer, [Row("t", "w1", [" w2"])], ["t"])[0][0].continuations == [[6, 3]]
     if stops:
-        one_line(capsys, ["warning", "task 't'", f"end with the tokenizer's EOS '<eos>', but the base's config stops generation at {stops}\n"])
+        one_line(capsys, ["warning", "task 't'", f"end with the tokenizer's EOS '<eos>' and its config stops generation at {stops}\n"])
     encode(tokenizer, [Row("u", "w1", [" w2", " w3"])], ["u"])                       # choices do not end
     assert not capsys.readouterr().err
+
+
+def test_an_unknown_words_token_is_no_eos():
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"<unk>": 0, "w": 1, "</s>": 2}, unk_token="<unk>")), unk_token="<unk>")
+    assert prepare(tokenizer, config(eos_token_id=0)).eos_token is None
+    assert prepare(tokenizer, config(eos_token_id=[0, 2])).eos_token == "</s>"
 
 
 def test_tokens_beyond_the_embedding_are_refused():
