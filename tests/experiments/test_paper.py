@@ -81,7 +81,7 @@ def test_a_task_aside_and_its_controls(tmp_path, monkeypatch):
         return run
     for module in (train, port, paper.eval):
         monkeypatch.setattr(module, "main", main(module))
-    monkeypatch.setattr(paper, "pretrained", lambda *args: SimpleNamespace(model_type="qwen3"))
+    monkeypatch.setattr(paper, "config_of", lambda spec: SimpleNamespace(model_type="qwen3"))
     monkeypatch.setattr(paper, "count", lambda *args: None)
     chosen = flags(tmp_path, bases=["./source"], to=["./target"], aside=[tmp_path / "three", tmp_path / "four"],
                    train="--tasks one,two", add="--lr 5e-3")                         # two uses of train.py, flags of their own
