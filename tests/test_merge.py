@@ -16,7 +16,7 @@ from transformers.core_model_loading import Chunk, Concatenate, WeightConverter
 import export
 from bases import load_base, resolve
 from eval import adapters_of
-from merge import save_converted, save_merged
+from merge import copy_rest, merged, save_converted, save_merged
 from runtime.files import BadInput
 
 
@@ -182,3 +182,60 @@ def test_a_base_without_safetensors_is_saved_by_transformers(tmp_path):
     assert_merged(load_file(where / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors"), added)
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == 3
     assert "tokenizer.json" in os.listdir(tmp_path / "out")
+
+
+def test_what_a_tensor_is_stored_as():
+    """Numbers that are not finite in the base already, such as a mask's, stay; new ones are refused."""
+    one, big, low = torch.ones(2, 2), torch.full((2, 2), 7e4), torch.full((2, 2), -torch.inf)
+    assert torch.equal(merged("k", torch.ones(2, dtype=torch.int64), None, torch.float16), torch.ones(2, dtype=torch.int64))
+    assert merged("k", one, None, torch.float16).dtype == torch.float16 and torch.equal(merged("k", low, None, torch.float16), low.half())
+    half = one.bfloat16()                                                            # rounded once, after the sum
+    assert torch.equal(merged("k", half, lambda: (one, one / 512), torch.bfloat16), half + 0) and torch.equal(
+        merged("k", half, lambda: (one, one / 512), torch.float32), one + one / 512)
+    for tensor, change in ((big, None), (big, lambda: (big, one)), (one, lambda: (one, big)), (low, lambda: (low, one)), (one, lambda: (one, low))):
+        with pytest.raises(BadInput, match="--merge: k is not finite as float16; try --dtype float32 or bfloat16"):
+            merged("k", tensor, change, torch.float16)
+    for W in (one + 1, torch.ones(4), torch.ones(2)):                                # another number, another shape
+        with pytest.raises(BadInput, match="k in the base's files is not the weight that transformers loads"):
+            merged("k", one, lambda W=W: (W, one), torch.float32)
+
+
+@pytest.mark.parametrize("metadata", [{"total_size": 8}, {"other": 1}, None])
+@pytest.mark.parametrize("after", [8, 16])
+def test_the_index_of_the_merged_shards_is_copied_with_their_size(tmp_path, capsys, metadata, after):
+    base, out, files = tmp_path / "base", tmp_path / "out", {"a.safetensors", "b.safetensors"}
+    base.mkdir(), out.mkdir()
+    index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}, **({"metadata": metadata} if metadata else {})}
+    for name, value in {"model.safetensors.index.json": index, "other.safetensors.INDEX.JSON": {"weight_map": {"x": "c.safetensors"}}}.items():
+        (base / name).write_text(json.dumps(value, indent=5))
+    for name in (*files, "MODEL.BIN", "README.md", "notes.md"):
+        (base / name).write_text(name)
+    copy_rest(base, out, files, 8, after)
+    assert {p.name for p in out.iterdir()} == {"model.safetensors.index.json", "notes.md"}
+    text = (out / "model.safetensors.index.json").read_text()
+    if metadata and "total_size" in metadata and after != 8:
+        assert json.loads(text) == {**index, "metadata": {"total_size": 16}}
+    else:
+        assert text == (base / "model.safetensors.index.json").read_text()
+    assert "left out: MODEL.BIN, other.safetensors.INDEX.JSON\n" in capsys.readouterr().out
+    (base / "MODEL.BIN").unlink(), (base / "other.safetensors.INDEX.JSON").unlink()
+    copy_rest(base, tmp_path / "again", files, 8, 8)
+    assert not capsys.readouterr().out
+
+
+def test_files_outside_of_the_base_are_not_written(tmp_path):
+    base = load_base(str(save_tiny(tmp_path / "base")))
+    adapters = random_adapters(base)
+    (tmp_path / "base" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    for name in ("../model.safetensors", str(tmp_path / "model.safetensors")):
+        (tmp_path / "base" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
+        with pytest.raises(BadInput, match="base: its weights are in files outside of it"):
+            save_merged(tmp_path / "out", tmp_path / "base", base, adapters, 0, torch.float32)
+
+
+def test_weights_without_the_models_prefix_keep_their_names(tmp_path):
+    """As a checkpoint of the inner model has them, beside the head's."""
+    strip = lambda tensors: {name.removeprefix("model."): t for name, t in tensors.items()}
+    before, after, added = merge(tmp_path, tiny_model(), change=strip)
+    assert "layers.0.self_attn.q_proj.weight" in before
+    assert_merged(before, after, added, {path: path.removeprefix("model.") for path in added})
