@@ -344,7 +344,8 @@ def test_a_gguf_file_loads_with_the_same_logits(tmp_path):
     path.rename(blob), (snapshot / path.name).symlink_to(blob)
     base = load_base(str(snapshot / path.name))
     assert base.name == "tiny" and len(base.blocks) == 3 and base.provenance["id"] == str(snapshot / path.name)
-    assert reload_base(dict(base.provenance, base="tiny")).provenance == base.provenance
+    half = reload_base(dict(base.provenance, base="tiny"), dtype=torch.bfloat16)
+    assert half.provenance == base.provenance and {p.dtype for p in half.model.parameters()} == {torch.bfloat16}
     batch = collate(items())
     want = Base(model, tokenizer).logits(batch)
     torch.testing.assert_close(base.logits(batch), want, rtol=1e-4, atol=1e-4)

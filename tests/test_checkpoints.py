@@ -4,7 +4,8 @@ import contextlib, itertools, json, types
 import pytest, safetensors.torch, torch
 from conftest import SMALL, TRAIN, command, one_line, save_tiny, tiny_model, tiny_tokenizer
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (AutoModelForCausalLM, AutoModelForImageTextToText, GptOssConfig, GptOssForCausalLM, LlavaConfig, Qwen3_5Config, Qwen3Config,
+from test_tokens import sentencepiece
+from transformers import (AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, GptOssConfig, GptOssForCausalLM, LlavaConfig, PreTrainedTokenizerFast, Qwen3_5Config, Qwen3Config,
                           Qwen3ForCausalLM, YoutuConfig, YoutuForCausalLM)
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
@@ -55,6 +56,7 @@ def test_weights_that_transformers_would_draw_or_drop_are_named(tmp_path, change
 def test_parts_that_the_model_does_not_have_may_be_in_its_files(tmp_path, capsys):
     folder = save_tiny(tmp_path / "base")
     want = load_base(str(folder)).model.state_dict()
+    assert not "".join(capsys.readouterr())                                          # nothing to say of a whole base
     change_weights(folder, beside(mtp__layers__0__q_proj__weight=(4, 4), vision_tower__layers__0__mlp__bias=(4,), model__mtp__head=(2,),
                                   model__layers_of_another__0__weight=(3,)))
     got = load_base(str(folder)).model.state_dict()
@@ -212,6 +214,19 @@ def test_the_split_of_words_is_that_of_tokenizer_json(tmp_path, tokenizer_class,
     change_config(folder, vocab_size=512)
     for text in ("in 1234 don't", "12 34", " can't"):
         assert load_tokenizer(str(folder))(text).input_ids == own.encode(text).ids
+
+
+def test_a_sentencepiece_tokenizer_keeps_its_class(tmp_path):
+    """Its file alone would mark the start of a text that begins with a space twice."""
+    folder = save_tiny(tmp_path / "base", "llama")
+    sentencepiece().save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(dict(tokenizer_class="LlamaTokenizer", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+                                                                  legacy=False)))
+    change_config(folder, vocab_size=4096)
+    want = AutoTokenizer.from_pretrained(folder)
+    got, file = load_tokenizer(str(folder)), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert type(got) is type(want) is not PreTrainedTokenizerFast and got(" who 日").input_ids == want(" who 日").input_ids
+    assert got(" who 日", add_special_tokens=False).input_ids != file.encode(" who 日", add_special_tokens=False).ids
 
 
 def test_an_adapter_in_the_folder_is_refused(tmp_path):
