@@ -15,8 +15,8 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from transformers.utils.peft_utils import find_adapter_config_file
 
 import tokens
-from checkpoints import (BITS, DEQUANTISED, check_complete, check_purpose, check_values, dequantised, fingerprint,
-                         quantisation, refuse_adapter, right_tokenizer, weight_files)
+from checkpoints import (BITS, DEQUANTISED, OTHER_WEIGHTS, check_complete, check_purpose, check_values, dequantised,
+                         fingerprint, quantisation, refuse_adapter, right_tokenizer, weight_files)
 from frozen import Base
 from runtime.distributed import RANK
 from runtime.files import ROOT, BadInput, first_line
@@ -33,7 +33,6 @@ HUB = {
     "lfm2-1.2b": "LiquidAI/LFM2-1.2B", "lfm2.5-1.2b": "LiquidAI/LFM2.5-1.2B-Base",
     "granite-4-h-micro": "ibm-granite/granite-4.0-h-micro-base", "granite-4-h-1b": "ibm-granite/granite-4.0-h-1b-base",
 }
-OTHER_WEIGHTS = "bin pt pth ckpt gguf h5 msgpack onnx ot tflite".split()              # files of other formats
 TOY_SEEN, TOY_UNSEEN = ("toy-qwen-s", "toy-qwen-m"), ("toy-qwen-l", "toy-gemma")     # of commands without --bases, --to
 TOY = {name: ROOT / "toy" / name for name in (*TOY_SEEN, *TOY_UNSEEN, "toy-hybrid")}
 set_verbosity_error()                             # what it would report of a load is an error here: check_complete
@@ -119,15 +118,6 @@ def same(source, other):
     return paths[0] == paths[1] or all(path.exists() for path in paths) and paths[0].samefile(paths[1])
 
 
-def refuse_twin(base, others):
-    """Raises BadInput if a base has the weights of one of `others` {name: provenance} under another name."""
-    for name, p in others.items():
-        its = p.get("fingerprint")
-        if name != base.name and its and its["weights"] == base.provenance["fingerprint"]["weights"]:
-            raise BadInput(f"base {base.name} has the weights of {name}, on which the core is trained: one base under "
-                           "two names; name another")
-
-
 def find_base(held, spec, run):
     """Returns the tag of the base of a run that `spec` names: the tag itself, a short name, or whatever leads to the
     base recorded: its alias, hub id (with the revision asked for at the time, or the commit), folder or .gguf file.
@@ -175,12 +165,13 @@ def load_config(spec):
 
 def load_tokenizer(spec):
     """Returns the tokenizer of the base that `spec` names, prepared for `encode`. Raises BadInput."""
-    return tokenizer_of(*pinned(resolve(spec)))
+    source, folder = pinned(resolve(spec))
+    return tokenizer_of(source, folder, pretrained(AutoConfig, source))
 
 
-def tokenizer_of(source, folder):
+def tokenizer_of(source, folder, config):
     """Returns the tokenizer of a pinned Source, prepared for `encode`: see tokens.prepare. Raises BadInput."""
-    tokenizer, config = pretrained(AutoTokenizer, source), pretrained(AutoConfig, source)
+    tokenizer = pretrained(AutoTokenizer, source)
     if source.gguf:
         return tokens.prepare(tokenizer, config)
     tokenizer = right_tokenizer(source.name, tokenizer, folder)
@@ -258,7 +249,7 @@ def load_base(spec, device="cpu", dtype=torch.float32, recompute=False, device_m
         p.data = p.data.to(dtype)                                                    # some weights are to stay as wide
     if not options["device_map"]:
         model.to(device)
-    base = Base(model, tokenizer_of(source, folder), source.name, dict(
+    base = Base(model, tokenizer_of(source, folder, config), source.name, dict(
         id=source.id, revision=source.revision, requested=asked.revision, quantize=quantize,
         fingerprint=fingerprint(folder, files, source.gguf)))
     if recompute:

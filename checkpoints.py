@@ -13,6 +13,7 @@ from runtime.files import BadInput, read_json
 
 PLAIN = "F64", "F32", "F16", "BF16"                                                  # dtypes of unquantised weights
 DEQUANTISED = "fp8", "mxfp4"                      # block-wise formats that are read as plain weights, in --dtype
+OTHER_WEIGHTS = "bin pt pth ckpt gguf ggml h5 msgpack onnx onnx_data ot npz tflite".split()  # suffixes
 BITS = {"load_in_4bit": "4bit", "load_in_8bit": "8bit"}                              # bitsandbytes keeps its layers
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
              "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "added_tokens.json")
@@ -187,6 +188,15 @@ def fingerprint(folder, files, gguf=None):
         held.append(read_json(path).get("eos_token_id"))
     return {"weights": digest(tensors), "config": digest(plain(read_json(folder / "config.json"))),
             "tokenizer": digest(held)}
+
+
+def refuse_twin(base, others):
+    """Raises BadInput if a base has the weights of one of `others` {name: provenance} under another name."""
+    for name, p in others.items():
+        its = p.get("fingerprint")
+        if name != base.name and its and its["weights"] == base.provenance["fingerprint"]["weights"]:
+            raise BadInput(f"base {base.name} has the weights of {name}, on which the core is trained: one base under "
+                           "two names; name another")
 
 
 def headers(path):

@@ -14,11 +14,10 @@ from transformers.core_model_loading import (WeightConverter, WeightRenaming, re
 from transformers.pytorch_utils import Conv1D
 
 from bases import pretrained
-from checkpoints import weight_files, weight_map
+from checkpoints import OTHER_WEIGHTS, weight_files, weight_map
 from runtime.files import BadInput, read_json
 
-FORMATS = "safetensors|bin|pth?|ckpt|gguf|ggml|h5|msgpack|onnx|onnx_data|ot|npz|tflite"
-WEIGHTS = re.compile(rf".+\.({FORMATS})(\.index\.json)?", re.IGNORECASE)
+WEIGHTS = re.compile(rf".+\.({'|'.join(['safetensors', *OTHER_WEIGHTS])})(\.index\.json)?", re.IGNORECASE)
 
 
 @torch.no_grad()

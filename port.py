@@ -13,7 +13,8 @@ from typing import Callable, NamedTuple
 import torch
 from tqdm import tqdm
 
-from bases import TOY_UNSEEN, find_base, load_base, refuse_twin, reload_base, short_names
+from bases import TOY_UNSEEN, find_base, load_base, reload_base, short_names
+from checkpoints import refuse_twin
 from data import MAX_LENGTH, load_run_tasks, print_fewer, sample
 from frozen import same_depths
 from portal import Converter, layers_of

@@ -79,8 +79,8 @@ def prepare(tokenizer, config, eos=None):
 def is_marker(tokenizer, k):
     """Whether id k is a special token. A config's EOS may be its class's default, here an ordinary word or <unk>."""
     token = tokenizer.convert_ids_to_tokens(k) if k >= 0 else None
-    return token is not None and k != tokenizer.unk_token_id and (k in tokenizer.added_tokens_decoder
-                                  or re.fullmatch(r"<(?!0x).+>|\[.+\]", token) is not None)
+    return token is not None and k != tokenizer.unk_token_id and (
+        k in tokenizer.added_tokens_decoder or re.fullmatch(r"<(?!0x).+>|\[.+\]", token) is not None)
 
 
 def name(tokenizer):

@@ -13,7 +13,8 @@ import importlib, shutil
 import torch, transformers
 import torch.nn.functional as F
 
-from bases import TOY as TOY_BASES, TOY_SEEN, load_base, refuse_twin, short_names
+from bases import TOY as TOY_BASES, TOY_SEEN, load_base, short_names
+from checkpoints import refuse_twin
 from data import Rounds, collate, load_tasks, micro_batches, print_fewer, sample, to_device
 from portal import MODULES, Config, Converter, Portal
 from runtime.distributed import RANK, all_sum, shard
