@@ -91,8 +91,9 @@ def copy_rest(where, folder, files, before, after):
 def loaded_as(model, files):
     """Returns {name of a tensor in the base's files: (its name in the model, None or the pattern of the conversion by
     which transformers fuses or splits it)}."""
-    steps, state, found = getattr(model, "_weight_conversions", None) or [], model.state_dict(), {}
-    both = [[step for step in steps if isinstance(step, kind)] for kind in (WeightRenaming, WeightConverter)]
+    state, found = model.state_dict(), {}
+    both = [[step for step in model._weight_conversions if isinstance(step, kind)]
+            for kind in (WeightRenaming, WeightConverter)]
     for file in files:
         with safetensors.safe_open(file, "pt") as opened:
             for key in opened.keys():
@@ -134,10 +135,9 @@ def delta_of(linear, A, B, scale, t):
 def unconverted(model, deltas):
     """Returns {name in the files: (W, delta)} of `deltas` {name of a weight: tensor} to weights that transformers fused
     or split on loading, each by the reverse of that. The other weights made of the same tensors stay as they are."""
-    steps = [step.reverse_transform() for step in (getattr(model, "_weight_conversions", None) or [])[::-1]
-             if isinstance(step, WeightConverter)]
+    steps = [step.reverse_transform() for step in model._weight_conversions[::-1] if isinstance(step, WeightConverter)]
     state = model.state_dict()
-    whole = {name: rename_source_key(name, [], steps, reverse=True)[0] for name in state}
+    whole = {name: rename_source_key(name, [], steps)[0] for name in state}
     changed = {whole[name] for name in deltas}
     weights = {name: W for name, W in state.items() if whole[name] in changed}
     deltas = {name: deltas.get(name, torch.zeros_like(W, dtype=torch.float32)) for name, W in weights.items()}

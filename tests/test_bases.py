@@ -205,6 +205,13 @@ def test_a_base_that_accelerate_places_is_the_same(tmp_path, device_map):
                                plain.logits(collate(items(3)), adapters))
 
 
+def test_a_base_is_moved_to_its_device_unless_accelerate_places_it(tmp_path):
+    folder = str(save_tiny(tmp_path / "base"))
+    for options, want in (({}, "cpu"), (dict(device="meta"), "meta"),
+                          (dict(device="meta", device_map={"": "cpu"}), "cpu")):
+        assert {p.device.type for p in load_base(folder, **options).model.parameters()} == {want}
+
+
 def test_a_base_that_fits_nowhere_is_refused(tmp_path):
     """accelerate leaves on the meta device what it would fetch from the disk, layer by layer."""
     folder = save_tiny(tmp_path / "base")
@@ -344,6 +351,8 @@ def test_a_gguf_file_loads_with_the_same_logits(tmp_path):
     path.rename(blob), (snapshot / path.name).symlink_to(blob)
     base = load_base(str(snapshot / path.name))
     assert base.name == "tiny" and len(base.blocks) == 3 and base.provenance["id"] == str(snapshot / path.name)
+    assert base.tokenizer("t1word7", add_special_tokens=False).input_ids[0] == 2
+    assert base.tokenizer.limits[:2] == (64, 128)
     half = reload_base(dict(base.provenance, base="tiny"), dtype=torch.bfloat16)
     assert half.provenance == base.provenance and {p.dtype for p in half.model.parameters()} == {torch.bfloat16}
     batch = collate(items())

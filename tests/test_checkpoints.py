@@ -3,14 +3,14 @@ import contextlib, itertools, json, types
 
 import pytest, safetensors.torch, torch
 from conftest import SMALL, TRAIN, command, one_line, save_tiny, tiny_model, tiny_tokenizer
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from test_tokens import sentencepiece
 from transformers import (AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, GptOssConfig, GptOssForCausalLM, LlavaConfig, PreTrainedTokenizerFast, Qwen3_5Config, Qwen3Config,
                           Qwen3ForCausalLM, YoutuConfig, YoutuForCausalLM)
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 import train
-from bases import Source, auto_class, load_base, load_tokenizer, reading
+from bases import Source, auto_class, four_bits, load_base, load_tokenizer, reading
 from checkpoints import check_values, dequantised, fingerprint, quantisation
 from runtime.files import BadInput
 
@@ -103,9 +103,10 @@ def test_files_that_are_a_part_of_something_are_refused_with_the_cause(tmp_path)
     with pytest.raises(BadInput, match=rf"index.json lists {parts[1].name}, not in the folder \(1 of {len(parts)} shards\)"):
         load_base(str(tmp_path / "base"))
     index = tmp_path / "base" / "model.safetensors.index.json"
-    index.write_text('{"weight_map": {}}')
-    with pytest.raises(BadInput, match="index.json lists no files"):
-        load_base(str(tmp_path / "base"))
+    for text in ('{"weight_map": {}}', "{}"):
+        index.write_text(text)
+        with pytest.raises(BadInput, match="index.json lists no files"):
+            load_base(str(tmp_path / "base"))
     for text in ("[]", '{"weight_map": []}', '{"weight_map": {"a": 1}}'):
         index.write_text(text)
         with pytest.raises(BadInput, match="index.json: not an index of shards; it needs a weight_map"):
@@ -186,7 +187,7 @@ def test_the_eos_of_generation_config_serves_a_tokenizer_without_one(tmp_path):
     with pytest.raises(BadInput, match="base 'base': generation_config.json is not readable"):
         load_tokenizer(str(folder))
     (folder / "generation_config.json").unlink()
-    assert load_tokenizer(str(folder)).eos_token is None
+    assert load_tokenizer(str(folder)).eos_token is None and fingerprint(folder, [])["tokenizer"] != before["tokenizer"]
 
 
 def test_a_base_without_its_tokenizer_is_refused(tmp_path):
@@ -208,12 +209,34 @@ def test_the_split_of_words_is_that_of_tokenizer_json(tmp_path, tokenizer_class,
     own.decoder = decoders.ByteLevel()
     text = "in 1234 12 34 don't can't " * 20
     own.train_from_iterator([text], trainers.BpeTrainer(vocab_size=330, special_tokens=["<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    own.post_processor = processors.TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", 0)])
     folder = save_tiny(tmp_path / "base", architecture)
     own.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(dict(tokenizer_class=tokenizer_class, eos_token="<eos>")))
     change_config(folder, vocab_size=512)
+    tokenizer = load_tokenizer(str(folder))
     for text in ("in 1234 don't", "12 34", " can't"):
-        assert load_tokenizer(str(folder))(text).input_ids == own.encode(text).ids
+        assert tokenizer(text, add_special_tokens=False).input_ids == own.encode(text, add_special_tokens=False).ids
+    added = {"330": dict(content="naïve", special=False)}
+    settings = dict(tokenizer_class=tokenizer_class, added_tokens_decoder=added)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))              # a word that tokenizer.json lacks
+    with pytest.raises(BadInput, match="base 'base': transformers does not read its tokenizer.json as the file says"):
+        load_tokenizer(str(folder))
+
+
+def test_a_tokenizer_may_have_no_tokenizer_json(tmp_path):
+    """Words and merges in two files of their own, or bytes, which need no file."""
+    folder = save_tiny(tmp_path / "base", "llama")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    words = {word: k for k, word in enumerate(["a", "b", "c", "ab", "<|endoftext|>"])}
+    (folder / "vocab.json").write_text(json.dumps(words)), (folder / "merges.txt").write_text("#version: 0.2\na b\n")
+    assert load_tokenizer(str(folder))("abcab", add_special_tokens=False).input_ids == [3, 2, 3]
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).unlink()
+    change_config(folder, vocab_size=512)
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
+    assert load_tokenizer(str(folder))("ab", add_special_tokens=False).input_ids == [ord("a") + 3, ord("b") + 3]
 
 
 def test_a_sentencepiece_tokenizer_keeps_its_class(tmp_path):
@@ -242,13 +265,16 @@ def test_an_adapter_in_the_folder_is_refused(tmp_path):
 # ------------------------------------------------------------------------------------------------ quantised files
 def test_how_files_are_quantised_is_read_from_the_config():
     def config(own=None, text=None):
-        inner = types.SimpleNamespace(quantization_config=text)
-        return types.SimpleNamespace(quantization_config=own, get_text_config=lambda: inner)
+        inner, outer = (types.SimpleNamespace(**({"quantization_config": each} if each else {}))
+                        for each in (text, own))
+        outer.get_text_config = lambda: inner
+        return outer
     four, eight = dict(quant_method="bitsandbytes", load_in_4bit=True), dict(quant_method="bitsandbytes", load_in_8bit=True)
     fp8 = types.SimpleNamespace(to_dict=lambda: dict(quant_method="fp8"))
     for given, want in ((config(), None), (config(four), "4bit"), (config(eight), "8bit"), (config(None, fp8), "fp8"), (config(fp8), "fp8")):
         assert quantisation("base", given) == want
     assert dequantised(config(None, fp8)).get_text_config().quantization_config == dict(quant_method="fp8", dequantize=True)
+    assert dequantised(config(fp8)).quantization_config == dict(quant_method="fp8", dequantize=True)
     source = Source("base", "/base", None, None, "/base")
     cpu = {"": torch.device("cpu")}
     for own, asked, how, options in ((None, None, None, {}), (fp8, None, "fp8", {}), (fp8, "fp8", "fp8", {}), (four, "4bit", "4bit", {"device_map": cpu}),
@@ -265,11 +291,18 @@ def test_how_files_are_quantised_is_read_from_the_config():
 
 
 def test_four_bits_are_asked_for_as_normal_floats(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "bitsandbytes")
+    monkeypatch.setattr("importlib.util.find_spec", {"bitsandbytes": "is installed"}.get)
     monkeypatch.setattr("bases.BitsAndBytesConfig", dict)
-    found, options = reading(Source("base", "/base", None, None, "/base"), types.SimpleNamespace(
-        quantization_config=None, get_text_config=lambda: None), "cuda", torch.bfloat16, "4bit", "auto")
-    assert found == "4bit" and options["quantization_config"] == dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    want = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    assert four_bits("cuda:1", torch.bfloat16) == want
+    config = types.SimpleNamespace(quantization_config=None, get_text_config=lambda: None)
+    plain = Source("base", "/base", None, None, "/base"), config
+    found, options = reading(*plain, "cuda", torch.bfloat16, "4bit", "auto")
+    assert found == "4bit" and options["quantization_config"] == want and options["device_map"] == "auto"
+    monkeypatch.setattr("bases.four_bits", lambda device, dtype: (device, dtype))    # meta in place of a GPU
+    _, options = reading(*plain, "meta", torch.bfloat16, "4bit", None)
+    assert options["quantization_config"] == ("meta", torch.bfloat16)
+    assert options["device_map"] == {"": torch.device("meta")}
 
 
 def test_the_class_is_the_one_that_config_json_names():
@@ -278,7 +311,8 @@ def test_the_class_is_the_one_that_config_json_names():
                         (["Qwen3_5ForConditionalGeneration"], AutoModelForImageTextToText)):
         assert auto_class(Qwen3_5Config(architectures=names)) is want
     assert auto_class(Qwen3Config(architectures=["Qwen3ForCausalLM"])) is AutoModelForCausalLM
-    assert auto_class(LlavaConfig(architectures=["LlavaForConditionalGeneration"])) is AutoModelForImageTextToText
+    for names in (["LlavaForConditionalGeneration"], None):                          # there is no class of text alone
+        assert auto_class(LlavaConfig(architectures=names)) is AutoModelForImageTextToText
 
 
 def fp8(folder, keep=lambda name: False):
@@ -360,6 +394,16 @@ def test_only_weights_have_to_be_floating_point_numbers(tmp_path, name, dtype, w
     model.norm, model.bias = torch.nn.LayerNorm(3), torch.nn.Parameter(torch.ones(3))
     safetensors.torch.save_file({"norm.bias": torch.zeros(3), "bias": torch.ones(3), name: torch.ones(3).to(dtype)}, tmp_path / "x.safetensors")
     with pytest.raises(BadInput, match=f"{name} is .* in x.safetensors") if wrong else contextlib.nullcontext():
+        check_values("base", model, [tmp_path / "x.safetensors"])
+
+
+def test_a_weight_that_is_converted_on_loading_is_not_compared_under_its_name(tmp_path):
+    safetensors.torch.save_file({"weight": torch.ones(3, 2), "bias": torch.ones(2)}, tmp_path / "x.safetensors")
+    model = torch.nn.Linear(3, 2)                                                    # its weight is [2, 3]
+    model.bias.data.fill_(1)
+    check_values("base", model, [tmp_path / "x.safetensors"])
+    model.bias.data.fill_(2)
+    with pytest.raises(BadInput, match="bias is not as in x.safetensors"):
         check_values("base", model, [tmp_path / "x.safetensors"])
 
 

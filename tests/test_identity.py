@@ -1,12 +1,14 @@
 """A base has one name and one origin in every command: aliases, hub ids at a commit, links, .gguf files, changed files."""
-import hashlib, json, os, shutil
+import fnmatch, hashlib, json, os, shutil, types
 
 import pytest, safetensors.torch, torch
 from conftest import QUICK, command, in_hub_cache, one_line, save_tiny, write_task
+from transformers import AutoModelForCausalLM
 
 import eval as evaluation, export, port, train
-from bases import TOY, files_of, find_base, load_base, reload_base, resolve, same, short_name, short_names, source_of
-from checkpoints import fingerprint, weight_files
+from bases import (TOY, files_of, find_base, load_base, load_config, load_tokenizer, pretrained, recorded,
+                   reload_base, resolve, same, short_name, short_names, source_of)
+from checkpoints import fingerprint, refuse_twin, weight_files
 from runtime.files import BadInput, read_json
 
 A, B = "a" * 40, "b" * 40
@@ -99,6 +101,76 @@ def test_a_base_is_loaded_again_under_the_name_that_the_run_gave_it(tmp_path):
         with pytest.raises(BadInput, match=f"base other: {part} in {tmp_path}/base are not those"):
             reload_base(changed)
         assert reload_base(changed, allow_changed=True).name == "other"
+
+
+def test_all_files_of_a_base_are_of_the_commit_asked_for(tmp_path, hub_cache, monkeypatch):
+    """Commits differ in weights, config, tokenizer, EOS, adapter. The weights come with the model, after the rest."""
+    folder, made = save_tiny(tmp_path / "base"), {}
+    for commit, seed in ((A, 0), (B, 1)):                                            # B: the main branch
+        save_tiny(folder, seed=seed)
+        for name, change in (("config.json", dict(rms_norm_eps=1e-3 * (seed + 1))),
+                             ("generation_config.json", dict(eos_token_id=[3, seed + 7]))):
+            (folder / name).write_text(json.dumps({**read_json(folder / name), **change}))
+        words = (folder / "tokenizer.json").read_text()
+        (folder / "tokenizer.json").write_text(words.replace('"w7"', '"other7"') if seed else words)
+        if seed:
+            (folder / "adapter_config.json").write_text("{}")
+        made[commit] = in_hub_cache(hub_cache, folder, "Org/Two", commit)
+    assert load_config("Org/Two").rms_norm_eps == 2e-3 and load_config(f"Org/Two@{A}").rms_norm_eps == 1e-3
+    assert load_tokenizer("Org/Two").limits.stops == [3, 8] and load_tokenizer(f"Org/Two@{A}").limits.stops == [3, 7]
+    with pytest.raises(BadInput, match="base 'two' holds an adapter, too"):
+        load_base("Org/Two")
+    (made[A] / "model.safetensors").rename(tmp_path / "kept")
+    def fetched(cls, source, **options):
+        if cls is AutoModelForCausalLM:
+            (tmp_path / "kept").rename(made[A] / "model.safetensors")
+        return pretrained(cls, source, **options)
+    monkeypatch.setattr("bases.pretrained", fetched)
+    base = load_base(f"Org/Two@{A}")
+    want = safetensors.torch.load_file(made[A] / "model.safetensors")
+    assert all(torch.equal(want[name], t) for name, t in base.unpatch().state_dict().items())
+    assert base.config.rms_norm_eps == 1e-3
+    assert base.tokenizer("w7").input_ids == [11] and base.tokenizer.limits.stops == [3, 7]
+    assert base.provenance == dict(id="Org/Two", revision=A, requested=A, quantize=None,
+                                   fingerprint=fingerprint(made[A], weight_files(made[A])))
+    def fetched_adapter(where, revision=None):                                       # it lies on the hub alone
+        (made[revision] / "adapter_config.json").write_text("{}")
+    monkeypatch.setattr("bases.find_adapter_config_file", fetched_adapter)
+    with pytest.raises(BadInput, match="base 'two' holds an adapter, too"):
+        load_base(f"Org/Two@{A}")
+
+
+def test_where_a_recorded_base_and_its_files_are(tmp_path, monkeypatch):
+    """A commit is that of a hub id alone. Weights in other formats are not fetched from the hub."""
+    folder = str(save_tiny(tmp_path / "base"))
+    toy = str(TOY["toy-gemma"])
+    for id, where, revision in ((folder, folder, None), ("Org/X", "Org/X", A), ("toy-gemma", toy, None)):
+        p = dict(base="x", id=id, revision=A)
+        assert recorded(p) == (p["base"], where, revision, None, p["id"])
+        if p["id"] != "Org/X":
+            assert str(files_of(p)) == where
+    asked = []
+    def fetch(*args, **options):
+        asked.append((args, options))
+        return folder
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    assert str(files_of(dict(base="x", id="Org/X", revision=A))) == folder
+    patterns = asked[0][1].pop("ignore_patterns")
+    assert asked == [(("Org/X",), dict(revision=A))]
+    for name in ("model.safetensors", "model.safetensors.index.json", "tokenizer.model", "config.json"):
+        assert not any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+    for name in ("pytorch_model.bin", "x.gguf", "onnx/model.onnx", "original/a.pth"):
+        assert any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
+
+def test_one_set_of_weights_under_two_names_is_refused():
+    """A base from an artifact has no fingerprint."""
+    base = types.SimpleNamespace(name="a", provenance=dict(fingerprint=dict(weights="1", config="2")))
+    same_weights, other = (dict(fingerprint=dict(weights=w, config=c)) for w, c in (("1", "3"), ("4", "2")))
+    unknown = {}
+    refuse_twin(base, {"a": same_weights, "b": other, "c": unknown})
+    with pytest.raises(BadInput, match="base a has the weights of d, on which the core is trained"):
+        refuse_twin(base, {"b": other, "c": unknown, "d": same_weights})
 
 
 def test_the_commit_of_a_hub_id_is_recorded_and_loaded_again(world, hub_cache, capsys, monkeypatch):
@@ -203,6 +275,11 @@ def test_a_fingerprint_sees_every_file_and_number(tmp_path):
     rows = [[name, "F32", list(t.shape), hashlib.sha256(t.numpy().tobytes()).hexdigest()]
             for name, t in safetensors.torch.load_file(folder / "model.safetensors").items()]
     assert found["weights"] == hashlib.sha256(json.dumps(sorted(rows)).encode()).hexdigest()
+    tensors = sorted(safetensors.torch.load_file(folder / "model.safetensors").items())
+    halves = [folder / f"{k}.safetensors" for k in range(2)]                         # every second tensor in each
+    for k, path in enumerate(halves):
+        safetensors.torch.save_file(dict(tensors[k::2]), path)
+    assert fingerprint(folder, halves) == found
     (folder / "tokenizer.model").write_bytes(b"\xff\x00")                            # no text
     (folder / "README.md").write_text("is no part of it")
     more = fingerprint(folder, weight_files(folder))
@@ -218,4 +295,8 @@ def test_short_names(tmp_path):
     folder = str(save_tiny(tmp_path / "base"))
     with pytest.raises(BadInput, match="same short name"):
         short_names([folder, str(save_tiny(tmp_path / "other" / "Base"))])
+    (tmp_path / "link").symlink_to(folder)
+    for names in ([folder, str(tmp_path / "link")], [str(tmp_path / "link"), folder]):
+        with pytest.raises(BadInput, match="two names of one base"):
+            short_names(names)
     assert short_names([folder, "toy-gemma"]) == ["base", "toy-gemma"]

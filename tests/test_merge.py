@@ -1,5 +1,5 @@
 """Merging an adapter replaces weights and nothing else: file by file, tensor by tensor, beside W + scale B A."""
-import json, os
+import json, os, types
 
 import numpy as np
 import pytest
@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from test_export import make_run
 from transformers import (AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, Phi3Config, Phi3ForCausalLM,
                           Qwen3Config, Qwen3ForCausalLM, conversion_mapping)
-from transformers.core_model_loading import Chunk, Concatenate, WeightConverter
+from transformers.core_model_loading import Chunk, Concatenate, WeightConverter, WeightRenaming
 
 import export
 from bases import load_base, resolve
 from eval import adapters_of
-from merge import copy_rest, merged, save_converted, save_merged
+from merge import copy_rest, loaded_as, merged, save_converted, save_merged
 from runtime.files import BadInput
 
 
@@ -124,23 +124,73 @@ def test_conv1d_under_the_names_of_an_old_checkpoint(tmp_path):
 
 
 def test_weights_that_transformers_fuses_or_splits(tmp_path, monkeypatch):
-    """The files of a made-up qwen3 hold q, k and v in one tensor, those of a phi3 gate and up in two."""
+    """The files of a made-up qwen3 hold q, k and v in one tensor, as gate and up; those of a phi3 the latter in two."""
     conversion_mapping.get_checkpoint_conversion_mapping("qwen3")                    # builds the cache
     known = conversion_mapping._checkpoint_conversion_mapping_cache
-    split = WeightConverter(["self_attn.qkv.weight"], [f"self_attn.{m}_proj.weight" for m in "qkv"], operations=[Chunk(dim=0)])
+    def split_from(name):
+        parts = [f"self_attn.{m}_proj.weight" for m in "qkv"]
+        return WeightConverter([f"self_attn.{name}.weight"], parts, operations=[Chunk(dim=0)])
     fuse = WeightConverter(["mlp.gate_proj.weight", "mlp.up_proj.weight"], ["mlp.gate_up_proj.weight"], operations=[Concatenate(dim=0)])
-    monkeypatch.setitem(known, "qwen3", [split]), monkeypatch.setitem(known, "phi3", [fuse])
+    parts = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
+    both = WeightConverter(["mlp.both.weight"], parts, operations=[Chunk(dim=0)])
+    monkeypatch.setitem(known, "qwen3", [split_from("qkv"), both]), monkeypatch.setitem(known, "phi3", [fuse])
     sizes = {**SMALL, "num_key_value_heads": 4}
-    before, after, added = merge(tmp_path / "a", Qwen3ForCausalLM(Qwen3Config(**sizes)), modules=["q", "v", "down"])
+    model = Qwen3ForCausalLM(Qwen3Config(**sizes))
+    before, after, added = merge(tmp_path / "a", model, modules=["q", "v", "up", "down"])
     for layer in (f"model.layers.{k}" for k in range(3)):
-        q, v = (added.pop(f"{layer}.self_attn.{m}_proj") for m in "qv")
-        added[f"{layer}.self_attn.qkv"] = np.concatenate([q, np.zeros_like(q), v])
+        q, v, up = (added.pop(f"{layer}.{m}_proj") for m in ("self_attn.q", "self_attn.v", "mlp.up"))
+        added[f"{layer}.self_attn.qkv"] = np.concatenate([q, 0 * q, v])
+        added[f"{layer}.mlp.both"] = np.concatenate([0 * up, up])
     assert_merged(before, after, added)
     phi = Phi3ForCausalLM(Phi3Config(**{k: v for k, v in sizes.items() if k != "head_dim"}, pad_token_id=0))
     before, after, added = merge(tmp_path / "b", phi)
     for layer in (f"model.layers.{k}.mlp" for k in range(3)):
         added[f"{layer}.gate_proj"], added[f"{layer}.up_proj"] = np.split(added.pop(f"{layer}.gate_up_proj"), 2)
     assert_merged(before, after, added)
+    # Where layers have one weight under two names, the reverse of loading gives one name for both.
+    def two_names(tensors):
+        monkeypatch.setitem(known, "qwen3", [split_from("qkv"), split_from("other")])
+        return {name.replace("layers.1.self_attn.qkv", "layers.1.self_attn.other"): t for name, t in tensors.items()}
+    monkeypatch.setitem(known, "qwen3", [split_from("qkv")])
+    with pytest.raises(BadInput, match="--merge: the files of .*/c/base have no .*self_attn.(qkv|other).weight, which"):
+        merge(tmp_path / "c", Qwen3ForCausalLM(Qwen3Config(**sizes)), change=two_names)
+
+
+def test_the_weights_that_config_json_names_are_merged(tmp_path, capsys):
+    """Shards in a folder of their own; model.safetensors is an earlier model's. The index stays while the size does."""
+    base, own = save_tiny(tmp_path / "base"), tmp_path / "base" / "own" / "parts"
+    own.mkdir(parents=True)
+    parts = [dict(list(load_file(base / "model.safetensors").items())[k::2]) for k in range(2)]
+    files = [f"own/parts/{k}.safetensors" for k in range(2)]
+    weight_map = {name: file for file, part in zip(files, parts) for name in part}
+    index = dict(metadata=dict(total_size=1), weight_map=weight_map)
+    for file, part in zip(files, parts):
+        save_file(part, base / file)
+    (base / "own" / "x.safetensors.index.json").write_text(json.dumps(index, indent=5))
+    tiny_model(seed=1).save_pretrained(base)                                         # overwrites config.json
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "transformers_weights": "own/x.safetensors.index.json"}))
+    loaded = load_base(str(base))
+    adapters = random_adapters(loaded, modules=["q"])
+    added = {path: 2.0 * B[1].numpy() @ A[1].numpy() for path, (A, B) in loaded.factors(adapters).items()}
+    loaded.unpatch()
+    save_merged(tmp_path / "out", base, loaded, adapters, 1, torch.float32)
+    before, after = ({name: t for file in files for name, t in load_file(tmp_path / which / file).items()}
+                     for which in ("base", "out"))
+    assert_merged(before, after, added)
+    old, new = fingerprint(base), fingerprint(tmp_path / "out")
+    assert new.keys() == old.keys() - {"model.safetensors"}
+    assert [name for name in new if new[name] != old[name]] == files
+    assert "left out: model.safetensors" in capsys.readouterr().out
+
+
+def test_weights_that_transformers_keeps_wide_stay_wide(tmp_path, monkeypatch):
+    monkeypatch.setattr(Qwen3ForCausalLM, "_keep_in_fp32_modules_strict", {"up_proj", "input_layernorm"})
+    before, after, added = merge(tmp_path, tiny_model(), torch.bfloat16, modules=["q", "up"])
+    for key, W in before.items():
+        want = W + torch.from_numpy(added[path]) if (path := key.removesuffix(".weight")) in added else W
+        wide = "up_proj" in key or "input_layernorm" in key
+        torch.testing.assert_close(after[key], want if wide else want.bfloat16())
 
 
 def test_what_cannot_be_merged_is_refused(tmp_path, capsys, monkeypatch):
@@ -227,8 +277,10 @@ def test_files_outside_of_the_base_are_not_written(tmp_path):
     base = load_base(str(save_tiny(tmp_path / "base")))
     adapters = random_adapters(base)
     (tmp_path / "base" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    (tmp_path / "base" / "inside.safetensors").touch()
     for name in ("../model.safetensors", str(tmp_path / "model.safetensors")):
-        (tmp_path / "base" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
+        index = {"weight_map": {"x": name, "y": "inside.safetensors"}}
+        (tmp_path / "base" / "model.safetensors.index.json").write_text(json.dumps(index))
         with pytest.raises(BadInput, match="base: its weights are in files outside of it"):
             save_merged(tmp_path / "out", tmp_path / "base", base, adapters, 0, torch.float32)
 
@@ -239,3 +291,13 @@ def test_weights_without_the_models_prefix_keep_their_names(tmp_path):
     before, after, added = merge(tmp_path, tiny_model(), change=strip)
     assert "layers.0.self_attn.q_proj.weight" in before
     assert_merged(before, after, added, {path: path.removeprefix("model.") for path in added})
+
+
+def test_a_name_that_the_model_has_is_not_renamed_to_one_that_it_lacks(tmp_path):
+    state = {name: torch.ones(1) for name in ("a.old.weight", "b.new.weight", "c.new.weight", "c.old.weight")}
+    model = types.SimpleNamespace(_weight_conversions=[WeightRenaming("old.", "new.")], base_model_prefix="model",
+                                  state_dict=lambda: state)
+    want = {"a.old.weight": "a.old.weight", "b.old.weight": "b.new.weight", "c.old.weight": "c.new.weight",
+            "d.old.weight": "d.new.weight"}
+    save_file({name: torch.ones(1) for name in want}, tmp_path / "x.safetensors")
+    assert loaded_as(model, [tmp_path / "x.safetensors"]) == {key: (name, None) for key, name in want.items()}
