@@ -98,7 +98,7 @@ def text_ids(tokenizer, texts):
     the tokenizer fails."""
     try:
         ids = tokenizer(texts, add_special_tokens=False, **WHOLE).input_ids
-        own, text = max(zip(ids, texts), key=lambda pair: len(pair[0]) > 0)          # the first that has tokens
+        own, text = max(zip(ids, texts), key=lambda pair: len(pair[0]))              # a short one may be EOS alone
         whole = tokenizer(text, **WHOLE).input_ids
     except Exception as error:                                                       # such as a word, but no <unk>
         raise BadInput(f"{name(tokenizer)}: the tokenizer fails on these rows ({first_line(error)})")
@@ -135,7 +135,7 @@ def tokenize(tokenizer, rows):
 
 def check_embedded(tokenizer, row, texts):
     """Raises BadInput if the ids in `texts`, of one row, go beyond the model's embedding."""
-    limit, highest = limits(tokenizer).vocabulary, max(max(text, default=0) for text in texts)
+    limit, highest = limits(tokenizer).vocabulary, max(map(max, texts))
     if limit and highest >= limit:
         token = tokenizer.convert_ids_to_tokens(highest)
         raise BadInput(f"task {row.task!r}: the token {token!r} has id {highest} in {name(tokenizer)}'s tokenizer, "
@@ -211,8 +211,8 @@ def odd_rows(tokenizer, rows, found):
     named = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}
     unknown = None if tokenizer.unk_token_id in named else tokenizer.unk_token_id    # a byte-level one has no other
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    special = {*tokenizer.all_special_tokens, *added} - {None if unknown is None else tokenizer.unk_token}
-    special = re.compile("|".join(map(re.escape, sorted(special))) or "(?!)")
+    special = sorted({*tokenizer.all_special_tokens, *added})
+    special = re.compile("|".join(map(re.escape, special)) or "(?!)")
     end = wrong_end(tokenizer)
     odd = {f"completions, but {end}": [], f"rows in which {TWIN}": [], "rows with unknown tokens": [],
            "rows whose text spells a special token": [], "rows that the tokenizer changes": []}

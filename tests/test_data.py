@@ -1,11 +1,12 @@
 """The JSONL format and its errors, sampling, tokens, and micro-batches."""
-import itertools, json, random, runpy
+import itertools, json, random, re, runpy
 
 import pytest
 from conftest import one_line, save_tiny, tiny_tokenizer, write_task
 
 import benchmarks
-from data import PASS, Cycle, Item, Rounds, Row, as_read, collate, encode, load_tasks, micro_batches, read_rows, sample
+from data import (PASS, Cycle, Item, Rounds, Row, as_read, collate, encode, load_run_tasks, load_tasks, micro_batches,
+                  print_fewer, read_rows, sample)
 from runtime.files import ROOT, BadInput
 from runtime.flags import run_main
 from test_benchmarks import TASKS
@@ -21,6 +22,7 @@ OPEN = {"task": "t", "prompt": "w1 w2", "completion": " w3 w4"}
     (json.dumps({**GOOD, "gold_idx": True}), "gold_idx is True"),
     (json.dumps({**GOOD, "choices": [" a", "  "]}), "choice 1 is empty or blank"),
     (json.dumps({**GOOD, "choices": [" a"]}), "two or more"), (json.dumps({**GOOD, "choices": "ab"}), "two or more"),
+    (json.dumps({**GOOD, "choices": [" a", 3]}), "two or more"), (json.dumps(GOOD).replace("w2", "\0"), "not JSON"),
     (json.dumps({**GOOD, "prompt": "ends in a space "}), "prompt ends in white space"),
     (json.dumps({**GOOD, "prompt": "\ud800"}), "not JSON"), (json.dumps({**GOOD, "prompt": ""}), "prompt is empty"),
     (json.dumps({**GOOD, "task": "other"}), "'other' in the folder of 't'"),
@@ -44,6 +46,7 @@ def test_a_bad_line_is_named_with_file_and_number(tmp_path, line, why):
 @pytest.mark.parametrize("line, why", [
     (GOOD, "choices in a file that starts with a completion"), ({**OPEN, "completion": " "}, "completion is empty"),
     ({**OPEN, "completion": None}, "completion is empty"), ({**OPEN, "choices": [" a", " b"]}, "not both"),
+    ({**OPEN, "gold_idx": 0}, "not both"),
     ({**OPEN, "prompt": "w1 "}, "prompt ends in white space"), ({"completion": " w1"}, "are needed"),
 ])
 def test_a_bad_completion_is_named_with_file_and_number(tmp_path, line, why):
@@ -55,11 +58,13 @@ def test_a_bad_completion_is_named_with_file_and_number(tmp_path, line, why):
 
 def test_every_problem_is_reported_and_the_good_rows_are_kept(tmp_path):
     path, found = tmp_path / "train.jsonl", []
-    lines = [GOOD, {**GOOD, "choices": ["", " a", " "], "gold_idx": 7, "task": "u"}, OPEN, GOOD]
+    lines = [GOOD, {**GOOD, "choices": ["", " a", " "], "gold_idx": 7, "task": "u"}, OPEN, GOOD, {**GOOD, "choices": 5},
+             {**OPEN, "prompt": " "}]
     path.write_bytes("\n".join(map(json.dumps, lines)).encode() + b"\n\xff\n")
     assert read_rows(path, "t", found.append) == [Row("t", "w1 w2", [" w3", " w4"], 1)] * 2
     assert [problem.split("train.jsonl:")[1].split()[:2] for problem in found] == [
-        ["2:", "task"], ["2:", "choice"], ["2:", "choice"], ["2:", "gold_idx"], ["3:", "a"], ["5:", "not"]]
+        ["2:", "task"], ["2:", "choice"], ["2:", "choice"], ["2:", "gold_idx"], ["3:", "a"], ["5:", "choices"],
+        ["6:", "the"], ["7:", "not"]]
 
 
 def test_two_wrong_choices_may_read_the_same(tmp_path):
@@ -83,10 +88,11 @@ def test_what_editors_do_to_a_file_is_accepted(tmp_path, change):
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 def test_other_encodings_are_named(tmp_path, encoding):
-    path = tmp_path / "train.jsonl"
+    path, found = tmp_path / "train.jsonl", []
     path.write_text(json.dumps(GOOD) + "\n", encoding=encoding)
     with pytest.raises(BadInput, match="train.jsonl: .*UTF-16.* save it as UTF-8"):
         read_rows(path, "t")
+    assert read_rows(path, "t", found.append) == [] and len(found) == 1
 
 
 @pytest.mark.parametrize("text, other", [
@@ -111,16 +117,44 @@ def test_load_tasks(tmp_path):
     with pytest.raises(BadInput, match="no tasks here"):
         load_tasks(tmp_path)
     write_task(tmp_path, "a"), write_task(tmp_path, "b")
+    write(tmp_path / "notes" / "rows.jsonl", [GOOD])                                 # no task
     assert list(load_tasks(tmp_path)) == ["a", "b"] and list(load_tasks(tmp_path, ["b"])) == ["b"]
-    with pytest.raises(BadInput, match="unknown task 'c'.*a, b"):
+    with pytest.raises(BadInput, match="unknown task 'c'.*a, b$"):
         load_tasks(tmp_path, ["c"])
     (tmp_path / "a" / "train.jsonl").write_text("")
     with pytest.raises(BadInput, match="'a' has no training rows"):
         load_tasks(tmp_path)
+    write(tmp_path / "b" / "eval.jsonl", []), write(tmp_path / "c" / "eval.jsonl", [{**GOOD, "task": "c"}])
+    found = []
+    data = load_tasks(tmp_path, report=found.append)
+    assert [re.search("no training|no evaluation|not readable", problem)[0] for problem in found] == [
+        "no training", "no evaluation", "not readable"]
+    assert [(len(data[task]["train"]), len(data[task]["eval"])) for task in "abc"] == [(0, 6), (12, 0), (0, 1)]
+
+
+def test_an_added_task_has_the_rows_of_its_own_folder(tmp_path):
+    """The run's tasks in its order; either folder has other tasks, too."""
+    for folder, tasks in (("data", "abc"), ("more", "bde")):
+        for task in tasks:
+            write_task(tmp_path / folder, task, seed=folder)
+    data, more = load_tasks(tmp_path / "data"), load_tasks(tmp_path / "more")
+    saved = {"config": {"tasks": ["b", "a", "e"]}, "added": {"e": {"folder": str(tmp_path / "more" / "e")}}}
+    found = load_run_tasks(saved, tmp_path / "data")
+    assert list(found.items()) == [("b", data["b"]), ("a", data["a"]), ("e", more["e"])]
+    found = load_run_tasks({"config": {"tasks": ["c", "b"]}}, tmp_path / "data")
+    assert list(found.items()) == [("c", data["c"]), ("b", data["b"])]
+
+
+def test_tasks_with_fewer_rows_are_named(capsys):
+    data = {task: {"train": [0] * n, "eval": [0]} for task, n in (("a", 2), ("b", 3), ("c", 4))}
+    print_fewer(data, 2)
+    assert not capsys.readouterr().out
+    print_fewer(data, 4)
+    assert capsys.readouterr().out == "n = 4, but fewer rows in a (2), b (3): all of these are taken\n"
 
 
 def test_a_task_is_all_choices_or_all_completions(tmp_path):
-    write_task(tmp_path, "t")
+    write_task(tmp_path, "t", train=1)
     (tmp_path / "t" / "eval.jsonl").write_text(json.dumps(OPEN) + "\n")
     with pytest.raises(BadInput, match="t/eval.jsonl:1: a completion here, choices in train.jsonl"):
         load_tasks(tmp_path)
@@ -234,6 +268,7 @@ def test_sample_is_random_seeded_nested_and_holds_rows_out():
     assert {r.prompt for r in train + held} != {r.prompt for r in rows[:100]}  # never the first rows
     more = sample(rows, 200, 0)
     assert {r.prompt for r in train + held} < {r.prompt for r in more[0] + more[1]}
+    assert sample(rows[:1], 5, 0) == (rows[:1], [])
     assert [len(part) for part in sample(rows, 1, 0)] == [1, 0] and [len(part) for part in sample(rows, 2, 0)] == [1, 1]
     assert len(sample(rows * 5, 2000, 0)[1]) == 100
 
@@ -246,6 +281,10 @@ def test_encode_cuts_prompts_from_the_left_but_for_bos():
     assert cut == 1 and len(long.prompt) == 11 and long.prompt[:2] == [1, 11] and long.prompt[-1] == 12
     (gold,), _ = encode(tokenizer, rows[:1], ["a", "b"], choices="gold")
     assert gold.continuations == [[9, 10]]
+    (item,), _ = encode(tokenizer, [Row("a", "w1 " * 2000 + "w2", [" w3", " w4 w5 w6"], 0)], ["a"])
+    assert len(item.prompt) == 1024 - 3
+    (item,), _ = encode(tokenizer, [Row("a", "w1 " * 20 + "w2", [" w3", " w4" * 9], 0)], ["a"], max_length=12)
+    assert item.prompt == [1, *[5] * 6, 6]                                           # eight are left of any prompt
 
 
 def test_a_completion_ends_with_eos_and_a_choice_does_not():
@@ -266,6 +305,7 @@ def test_micro_batches_keep_the_budget_and_every_item():
     assert sorted(id(i) for part in parts for i in part) == sorted(map(id, items))
     for part in parts:
         assert len(part) == 1 or len(part) * max(i.length() for i in part) <= 40
+    assert [len(part) for part in micro_batches([Item(0, [1] * 10, [[1]], None)] * 4, 40)] == [4]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -300,12 +340,16 @@ def test_little_of_a_round_of_real_tasks_is_padding():
 
 
 def test_collate_reads_the_prompts_last_position_once_and_no_continuations_last_token():
-    items, _ = encode(tiny_tokenizer(), [Row("t", "w1 w2", [" w3", " w4 w5", " w6 w7"], 0)], ["t"])
+    rows = [Row("t", "w1 w2", [" w3", " w4 w5", " w6 w7"], 0), Row("u", "w8", [" w9 w10"])]
+    items, _ = encode(tiny_tokenizer(), rows, ["t", "u"])
     batch = collate(items)
-    assert batch.ids.tolist() == [[5, 6, 8, 10]] and batch.positions.tolist() == [[0, 1, 2, 2]]
-    assert batch.segments.tolist() == [[0, 0, 1 + 1, 1 + 2]]
-    assert batch.at[1].tolist() == [1, 2, 3] and batch.source.tolist() == [0, 0, 1, 0, 2]
-    assert batch.target.tolist() == [7, 8, 9, 10, 11]
+    assert batch.ids.tolist() == [[5, 6, 8, 10], [12, 13, 14, 0]]
+    assert batch.positions.tolist() == [[0, 1, 2, 2], [0, 1, 2, 0]]
+    assert batch.segments.tolist() == [[0, 0, 1 + 1, 1 + 2], [0, 1, 1, -1]] and batch.task.tolist() == [0, 1]
+    assert [place.tolist() for place in batch.at] == [[0, 0, 0, 1, 1, 1], [1, 2, 3, 0, 1, 2]]
+    assert batch.source.tolist() == [0, 0, 1, 0, 2, 3, 4, 5] and batch.row.tolist() == [0] * 5 + [1] * 3
+    assert batch.target.tolist() == [7, 8, 9, 10, 11, 13, 14, 3] and batch.owner.tolist() == [0, 1, 1, 2, 2, 3, 3, 3]
+    assert collate(items, "meta").segments.device.type == "meta"
     only_one_reaches_in = encode(tiny_tokenizer(), [Row("t", "w1 w2", [" w3", " w4 w5", " w6"], 0)], ["t"])[0]
     assert collate(only_one_reaches_in).segments is None
 

@@ -5,14 +5,15 @@ import pytest
 from conftest import SMALL, command, one_line, tiny_tokenizer
 from hypothesis import HealthCheck, given, settings, strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (AddedToken, AutoTokenizer, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM,
+                          PreTrainedTokenizerFast)
 
 import benchmarks
 from bases import Base
-from data import Row, encode, load_tasks
+from data import Item, Row, encode, load_tasks
 from runtime.files import ROOT, BadInput
 from score import score
-from tokens import Limits, around, odd_rows, prepare, tokenize
+from tokens import Limits, around, difference, odd_rows, prepare, tokenize
 
 TEXTS = ["The cat sat on the mat.\nAnswer: yes", "Question: who is it? Answer: no, the other one", "aa: bb: cc: ab: ba:"] * 9
 ROWS = [Row("t", "The cat sat on the mat.\nAnswer:", [" yes", " no", " the other cat"], 1),
@@ -151,6 +152,18 @@ def test_a_tokenizer_file_that_cuts_or_pads_does_neither_here(tmp_path):
         assert item.prompt + item.continuations[0] == plain.encode(row.prompt + row.choices[0]).ids
 
 
+def test_a_tokenizer_without_a_backend_in_rust():
+    """ByT5's tokens are a text's bytes, 3 higher; its EOS is 1."""
+    tokenizer, row = prepare(ByT5Tokenizer(), config(vocab_size=384)), Row("t", "Who é", [" cat", " mät"], 1)
+    rows = [row, Row("u", "who", [" é"])]
+    def ids(text):
+        return [3 + byte for byte in text.encode()]
+    (item, open), _ = encode(tokenizer, rows, ["t", "u"])
+    assert item.prompt == ids(row.prompt) and item.continuations == [ids(choice) for choice in row.choices]
+    assert open.prompt == ids("who") and open.continuations == [[*ids(" é"), 1]]
+    assert odd_rows(tokenizer, rows, tokenize(tokenizer, rows)) == {}
+
+
 def test_merges_that_a_file_skips_at_random_are_all_made():
     tokenizer = prepare(fast(byte_level(dropout=0.5)), config())
     assert encode(tokenizer, ROWS, ["t"]) == encode(tokenizer, ROWS, ["t"])
@@ -167,13 +180,45 @@ def test_a_bos_in_the_text_is_not_doubled(kind):
     assert [item.continuations for item in spelled] == [item.continuations for item in plain]
 
 
-def test_several_special_tokens_before_a_text_stay_when_a_prompt_is_cut():
-    post = processors.TemplateProcessing(single="<s> <unk> $A </s>", special_tokens=[("<s>", 1), ("<unk>", 0), ("</s>", 2)])
+@pytest.mark.parametrize("before, max_length", [([1, 0], 20), ([1] * 5 + [0] * 5, 8)])
+def test_several_special_tokens_before_a_text_stay_when_a_prompt_is_cut(before, max_length):
+    """All but one of the tokens may be special ones, then the prompt's last token is left."""
+    names = " ".join(NAMED[k] for k in before)
+    post = processors.TemplateProcessing(single=f"{names} $A </s>", special_tokens=list(zip(NAMED, range(3))))
     row = Row("t", "cat " * 50 + "mat", [" yes", " no"], 0)
-    (item,), cut = encode(fast(byte_level(), post), [row], ["t"], max_length=20)
+    (item,), cut = encode(fast(byte_level(), post), [row], ["t"], max_length=max_length)
     whole = tokenize(fast(byte_level(), post), [row])[0]
-    longest = max(map(len, whole.continuations))
-    assert cut == 1 and item.prompt == [1, 0, *whole.prompt[-(20 - longest - 2):]]
+    room = max(8, max_length - max(map(len, whole.continuations)))
+    kept = before[:room - 1]
+    assert cut == 1 and whole.head == len(before) and item.prompt == kept + whole.prompt[len(kept) - room:]
+
+
+@pytest.mark.parametrize("kind, prompt, own", [
+    (word_piece, "\x00", []), (byte_level, "</s>", [2]), (byte_level, "<s>", [])])
+def test_a_first_prompt_of_special_tokens_or_none_is_no_matter(kind, prompt, own):
+    """What the tokenizer puts before a text is told by a text with tokens of its own."""
+    tokenizer = fast(kind(), BOTH)
+    cat, who = (tokenizer(text, add_special_tokens=False).input_ids for text in (" cat", "who"))
+    rows = [Row("t", prompt, [" cat", " mat"], 0), Row("t", "who", [" cat", " mat"], 0)]
+    for tokens, start in zip(tokenize(tokenizer, rows), ([1, *own], [1, *who])):
+        assert tokens.head == 1 and tokens.prompt == start and tokens.continuations[0] == cat
+    (single,) = tokenize(tokenizer, [Row("t", prompt, ["cat", "mat"], 0)])
+    assert single.head == 1 and single.prompt == [1, *own]
+
+
+def test_special_tokens_within_a_text_are_refused():
+    class Reversing(PreTrainedTokenizerFast):
+        def __call__(self, text, add_special_tokens=True, **options):
+            found = super().__call__(text, add_special_tokens=False, **options)
+            if add_special_tokens:
+                found["input_ids"].reverse()
+            return found
+    with pytest.raises(BadInput, match="this base: the tokenizer does not put its special tokens before and behind"):
+        encode(Reversing(tokenizer_object=byte_level(), **SPECIAL), ROWS, ["t"])
+
+
+def test_no_rows_have_no_items():
+    assert encode(tiny_tokenizer(), [], ["t"]) == ([], 0)
 
 
 def test_a_bos_that_only_the_text_has_stays_when_a_prompt_is_cut():
@@ -211,24 +256,35 @@ def config(**values):
 
 @pytest.mark.parametrize("named, eos", [
     (dict(eos_token_id=2), None), (dict(eos_token_id=[2, 1]), None), (dict(eos_token_id=None), [2, 1]), ({}, 2),
-    (dict(eos_token_id=99999), 2), (dict(eos_token_id=40), 2)])  # no such token; an ordinary one: the class's default
+    (dict(eos_token_id=99999), 2), (dict(eos_token_id=40), 2),  # no such token; an ordinary one: the class's default
+    (dict(eos_token_id=-1), 2)])
 def test_the_models_eos_is_used_where_the_tokenizer_names_none(named, eos):
     tokenizer = prepare(fast(byte_level(), eos_token=None), config(**named), eos)
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("</s>", 2)
     assert encode(tokenizer, [Row("t", "who", [" cat"])], ["t"])[0][0].continuations[0][-1] == 2
 
 
+@pytest.mark.parametrize("text, whole, generation, eos, stops", [
+    (1, 2, None, "<s>", [1, 2]), (None, 2, 1, "</s>", [1]), (2, None, 1, "</s>", [1]),
+    ([2, 1], [1], None, "</s>", [2, 1]), (None, [2], None, "</s>", [2]), (1, None, None, "<s>", [1])])
+def test_the_eos_of_a_model_in_a_wrapper(text, whole, generation, eos, stops):
+    """The text model's own config comes first, then the wrapper's; generation stops where generation_config says."""
+    whole = types.SimpleNamespace(eos_token_id=whole, get_text_config=lambda: config(eos_token_id=text))
+    tokenizer = prepare(fast(byte_level(), eos_token=None), whole, generation)
+    assert tokenizer.eos_token == eos and tokenizer.limits.stops == stops
+
+
 def test_a_special_token_of_any_form_may_be_the_eos():
     tokenizer = fast(byte_level(), eos_token=None, extra_special_tokens=["endoftext"])
     top = tokenizer.convert_tokens_to_ids("endoftext")
     assert prepare(tokenizer, config(eos_token_id=top)).eos_token == "endoftext"
-    for word in ("<0x0A>", "w"):                                                     # a byte's token, and a word's
+    for word, eos in (("<0x0A>", None), ("w", None), ("[X]", "[X]")):                # a byte's token, and a word's
         words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({word: 0})))
-        assert prepare(words, config(eos_token_id=0)).eos_token is None
+        assert prepare(words, config(eos_token_id=0)).eos_token == eos
 
 
 def test_without_any_eos_completions_are_warned_of_once(capsys):
-    tokenizer = prepare(fast(byte_level(), eos_token=None), config())
+    tokenizer = prepare(fast(byte_level(), eos_token=None), config(vocab_size=400))
     for _ in range(2):
         items, _ = encode(tokenizer, [Row("t", "who", [" cat"])] * 3, ["t"])
     one_line(capsys, ["warning", "task 't'", "EOS"])
@@ -238,7 +294,8 @@ def test_without_any_eos_completions_are_warned_of_once(capsys):
 
 
 @pytest.mark.parametrize("settings, eos, stops", [(dict(eos_token_id=7), None, "w3"), (dict(eos_token_id=[7, 8]), None, "w3, w4"),
-                                                  (dict(eos_token_id=3), [7, 90, -1], "w3, 90, -1"), (dict(eos_token_id=7), 3, None),
+                                                  (dict(eos_token_id=3), [7, 0, 56, -1], "w3, <pad>, 56, -1"),
+                                                  (dict(eos_token_id=7), 3, None),
                                                   (dict(eos_token_id=[7, 3]), None, None), ({}, None, None)])
 def test_an_eos_at_which_the_model_will_not_stop_is_warned_of(capsys, settings, eos, stops):
     """The tokenizer's is 3. generation_config's ids, if it has some, are those at which generation stops."""
@@ -259,13 +316,14 @@ def test_an_unknown_words_token_is_no_eos():
 def test_tokens_beyond_the_embedding_are_refused():
     tokenizer = fast(byte_level(), eos_token="<|im_end|>")
     top = tokenizer.eos_token_id
-    with pytest.raises(BadInput, match=rf"'<\|im_end\|>' has id {top}, but the model's embedding has {top} rows"):
+    with pytest.raises(BadInput, match=rf"^this base: .* EOS '<\|im_end\|>' has id {top}, but .* has {top} rows"):
         prepare(tokenizer, config(vocab_size=top))
     assert encode(prepare(tokenizer, config(vocab_size=top + 1)), ROWS, ["t"])[1] == 0
     tokenizer = prepare(fast(byte_level(), extra_special_tokens=["<image>"]), config(vocab_size=top))
     encode(tokenizer, ROWS, ["t"])                                                   # an unused token is no matter
-    with pytest.raises(BadInput, match=rf"task 't': the token '<image>' has id {top} .* {top} rows"):
-        encode(tokenizer, [*ROWS, Row("t", "who<image>", [" a", " b"], 0)], ["t"])
+    for row in (Row("t", "who<image>", [" a", " b"], 0), Row("t", "who", [" a", " <image>"], 0)):
+        with pytest.raises(BadInput, match=rf"task 't': the token '<image>' has id {top} .* {top} rows"):
+            encode(tokenizer, [*ROWS, row], ["t"])
 
 
 def test_no_row_is_longer_than_the_models_positions():
@@ -279,15 +337,31 @@ def test_no_row_is_longer_than_the_models_positions():
     with pytest.raises(BadInput, match="an answer has 38 tokens, but .* 40 positions"):
         encode(tokenizer, [Row("t", long, [" w3" * 38, " w4"], 0)], ["t"])
     assert encode(tokenizer, [Row("t", "w1", [" w3" * 38, " w4"], 0)], ["t"])[1] == 0  # a short prompt has its place
-    assert prepare(tiny_tokenizer(), config(max_position_embeddings=-1)).limits == Limits(None, None)
+    (item, open), _ = encode(tokenizer, [Row("t", long, [" w3" * 32, " w4"], 0), Row("t", long, [" w3" * 17])], ["t"])
+    assert len(item.prompt) == len(open.prompt) == 8                                 # all but eight are cut
+    for n, length in ((-1, None), (0, None), (1, 1)):
+        assert prepare(tiny_tokenizer(), config(max_position_embeddings=n)).limits == Limits(None, length)
+
+
+def test_the_longest_completion_leaves_room_to_decode_twice_as_many_tokens():
+    tokenizer, long = prepare(tiny_tokenizer(), config(max_position_embeddings=100)), "w1 " * 200 + "w2"
+    rows = [Row("t", long, [" w3" * 12]), Row("u", long, [" w3" * 30, " w4"], 0), Row("t", long, [" w3"])]
+    assert [len(item.prompt) for item in encode(tokenizer, rows, ["t", "u"])[0]] == [100 - 2 * 13, 70, 100 - 2 * 13]
+
+
+@pytest.mark.parametrize("lengths, parts", [([2, 1, 3], 3), ([1, 1, 2], 1), ([1, 1], 1)])
+def test_continuations_stand_alone_where_more_than_one_has_inner_tokens(lengths, parts):
+    item = Item(0, [5, 6], [[7 + k] * n for k, n in enumerate(lengths)], None)
+    whole = [[tokens] for tokens in item.continuations] if parts > 1 else [item.continuations]
+    assert item.rows() == [Item(0, [5, 6], own, None) for own in whole]
 
 
 # ---------------------------------------------------------------------------------------------- warnings
 def test_a_gold_choice_with_the_tokens_of_another_is_warned_of_once(capsys):
     tokenizer = tiny_tokenizer()
     rows = [Row("t", "w1", [" 日本", " 中国"], 0), Row("t", "w1", [" 日", " 本", " w2"], 2), Row("u", "w1", [" w2", " w3"], 0)]
-    for choices in ("gold", "all"):
-        encode(tokenizer, rows, ["t", "u"], choices)
+    for choices, times in (("gold", 1), ("all", 1), ("all", 2)):
+        encode(tokenizer, rows * times, ["t", "u"], choices)
     one_line(capsys, ["warning", "task 't'", "in 1 of 2 rows", "same tokens"])
 
 
@@ -307,13 +381,38 @@ def test_odd_rows():
         ("changes", ["Whocat -> hocat", "who日 -> who", "who<s>cat -> whocat"])]
 
 
+def test_odd_rows_of_completions_and_of_tokens_added_later():
+    def odd(tokenizer, *rows):
+        return odd_rows(tokenizer, rows, tokenize(tokenizer, rows))
+    row = Row("t", "who", [" cat"])
+    assert odd(prepare(fast(byte_level()), config(eos_token_id=2)), row) == {}
+    ((what, examples),) = odd(fast(byte_level(), eos_token=None), row, row).items()
+    assert what.startswith("completions, but neither tokenizer nor config names an EOS") and examples == ["who cat"] * 2
+    ((what, examples),) = odd(prepare(fast(byte_level()), config(eos_token_id=1)), row).items()
+    assert what.startswith("completions, but they end with the tokenizer's EOS '</s>'") and examples == ["who cat"]
+    tokenizer = fast(byte_level())
+    tokenizer.add_tokens([AddedToken("<sep>", special=True), AddedToken("<think>", special=False)])
+    assert odd(tokenizer, Row("t", "who<think>", [" cat"]), Row("t", "who", [" <sep>cat"])) == {
+        "rows whose text spells a special token": ["<sep>"]}
+
+
+def test_the_place_of_a_change_is_shown():
+    text, read = "abcdefghij klmnopqrstuvwxyz", "abcdefghijkl mnOpqrstuvwxyz"
+    assert difference(text, read) == "ghijklmnopqrstuv -> ghijklmnOpqrstuv" and difference(text, text + " ") is None
+
+
 def test_around_shows_the_tokens_at_the_joint():
     rows = [Row("t", " ".join(f"w{k}" for k in range(9)), [" w3", " w4 w5"], 0), Row("t", "w1", [" w2" * 20])]
     with_bos, without = (tiny_tokenizer(bos) for bos in (True, False))
     assert around(with_bos, tokenize(with_bos, rows)[0]) == "<bos> ... w3 w4 w5 w6 w7 w8 | w3 | w4 w5"
     assert around(with_bos, tokenize(with_bos, [rows[1]._replace(prompt="w1 w2 w3 w4 w5 w6")])[0]).startswith(
         "<bos> w1 w2 w3 w4 w5 w6 | ")
-    assert around(without, tokenize(without, rows)[1]) == "(no BOS) w1 | w2 w2 w2 w2 w2 w2 ... w2 <eos>"
+    assert around(with_bos, tokenize(with_bos, [rows[1]])[0]).startswith("<bos> w1 | ")
+    for n, end in ((11, " ".join(["w2"] * 11)), (12, "w2 w2 w2 w2 w2 w2 ... w2"), (20, "w2 w2 w2 w2 w2 w2 ... w2")):
+        (tokens,) = tokenize(without, [Row("t", "w1", [" w2" * n])])
+        assert around(without, tokens) == f"(no BOS) w1 | {end} <eos>"
+    tokenizer = fast(byte_level())
+    assert around(tokenizer, tokenize(tokenizer, ROWS[2:])[0]).endswith(" | Ġsat")
 
 
 # ---------------------------------------------------------------------------------------------- any text
