@@ -118,6 +118,8 @@ class Evaluation:
         p["rows"] = digests_of(rows)
         if method == "hypernet":                                                  # with the settings of source training
             own = {key: self.saved.get(key, default[key]) for key in ("epochs", "batch_size", "lr", "least")}
+            if "gain" in self.saved["config"] and self.cfg.norm == "layer":       # its lr was not yet that of sums
+                own["lr"] = default["lr"]
             hypernet.fit_hypernet(self.run, base, rows, p, {**own, "max_tokens": self.max_tokens(base)}, self.cfg)
         else:
             sizes = lora.iso_sizes(self.cfg, base, len(rows)) if method == "lora_iso" else {}

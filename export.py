@@ -125,13 +125,13 @@ def checkpoint_names(model, paths):
     """Returns {path of a linear layer: its path in an adapter's file}. PEFT renames what it reads as transformers
     renames a checkpoint's weights; where that would change our name, the file has the checkpoint's own. Raises
     BadInput."""
-    def renamed(name, steps, **options):
-        return rename_source_key(f"{name}.weight", steps, [], **options)[0].removesuffix(".weight")
+    def renamed(name, steps):
+        return rename_source_key(f"{name}.weight", steps, [])[0].removesuffix(".weight")
     steps, saving = ([step for step in get_model_conversion_mapping(model, add_legacy=legacy)
                       if type(step) is WeightRenaming] for legacy in (True, False))
     back, names = [step.reverse_transform() for step in saving[::-1]], {}
     for path in paths:
-        names[path] = path if path.endswith(renamed(path, steps)) else renamed(path, back, reverse=True)
+        names[path] = path if path.endswith(renamed(path, steps)) else renamed(path, back)
         if names[path] != path and renamed(names[path], steps) != path:
             raise BadInput(f"PEFT cannot read an adapter of {path}, which it renames; --merge writes a whole model")
     return names
@@ -166,7 +166,7 @@ def import_artifact(artifact, run, ported=False, n=None, seed=None, data=None, o
         if (run / "portal.json").exists():
             saved, cfg = load_config(run)
             mine, its = (parameters_to_vector([x.z, *x.core.parameters()]) for x in (load_portal(run), portal))
-            if dataclasses.replace(portal.cfg, gain=cfg.gain) != cfg or not torch.equal(mine, its):
+            if portal.cfg != cfg or not torch.equal(mine, its):
                 raise BadInput(f"{run} has other tasks, sizes, latents or core than {artifact}; python export.py "
                                f"--artifact {artifact} --run DIR reads it into another run")
             if (run / "converters" / f"{name}.json").exists() and not overwrite:

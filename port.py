@@ -164,7 +164,7 @@ def main(argv=None, how=Change()):
                         help="training rows a task; several: one refit each"))
     run = find_run(args.run)
     lock(run)
-    saved, _ = load_config(run)
+    saved, cfg = load_config(run)
     seen = {b["base"]: b for b in saved["bases"]}
     if args.align and not seen:
         raise BadInput(f"--align: {run} holds no base that its core was trained on")
@@ -185,7 +185,7 @@ def main(argv=None, how=Change()):
     for spec, fits in jobs:
         base = load_base(spec, args.device, args.dtype, args.recompute, args.device_map, args.quantize)
         refuse_twin(base, seen)                                                      # it would count as unseen
-        settings = {k: v for k, v in resolve_settings(args, preset([base.name])["port"]).items() if k != "n"}
+        settings = {k: v for k, v in resolve_settings(args, preset([base.name])["port"], cfg.norm).items() if k != "n"}
         for tag, n in fits:
             print_fewer(data, n)
             rows = {task: sample(splits["train"], n, seed) for task, splits in data.items()}

@@ -48,7 +48,8 @@ class Adapters(NamedTuple):
 
 @dataclasses.dataclass
 class Config:
-    """The tasks and sizes of a run. The defaults are the write-up's, except `norm` (see Core)."""
+    """The tasks and sizes of a run. The defaults are the write-up's, except `norm`: "layer" is described at Core and
+    Portal.rates; "none" is the write-up's trunk, initial scales and learning rates."""
     tasks: list
     modules: list = dataclasses.field(default_factory=lambda: ["q", "v"])
     rank: int = 8
@@ -57,8 +58,7 @@ class Config:
     d_e: int = 32                                                                    # layer embedding
     hidden: int = 512                                                                # trunk
     d_c: int = 1024                                                                  # core width
-    norm: str = "layer"                                                              # or "none", the write-up's trunk
-    gain: float = 0.1                                                            # of the second LayerNorm, at the start
+    norm: str = "layer"                                                              # or "none", the write-up's
 
 
 # ---------------------------------------------------------------------------------------------- belongs to no base
@@ -66,9 +66,9 @@ class Core(nn.Module):
     """The FiLM trunk and the heads. The B-heads start at zero, so that B = 0 and the adapted base starts as the bare
     one (the adapter is the identity, appendix A); FiLM starts at gamma = beta = 0.
 
-    norm "none" is the write-up's trunk; "layer" puts LayerNorm after W1 and after W2. The gain of the second one sets
-    the size of h. At a gain of 1, h and the steps of the heads are ten times as large as without LayerNorm, and at the
-    write-up's widths and learning rate training diverges; at 0.1 they are as large as without. The toy has 1."""
+    norm "layer" puts LayerNorm after W1 and after W2, so that the entries of h are of size 1 at any width and after any
+    number of steps. The entries of A_hat start at size 1 / sqrt(d_c); those of A are then of size 1 / sqrt(d_in), as a
+    LoRA's are."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -78,12 +78,13 @@ class Core(nn.Module):
         self.film = nn.Linear(cfg.d_z, 2 * cfg.hidden)                               # z -> gamma, beta
         self.norm1, self.norm2 = (nn.LayerNorm(cfg.hidden) if cfg.norm == "layer" else nn.Identity()
                                   for _ in range(2))
-        if cfg.norm == "layer":
-            nn.init.constant_(self.norm2.weight, cfg.gain)
         self.head_A = nn.ModuleDict({m: nn.Linear(cfg.hidden, cfg.rank * cfg.d_c) for m in cfg.modules})
         self.head_B = nn.ModuleDict({m: nn.Linear(cfg.hidden, cfg.d_c * cfg.rank) for m in cfg.modules})
         for layer in (self.film, *self.head_B.values()):
             nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        for layer in self.head_A.values() if cfg.norm == "layer" else ():
+            nn.init.normal_(layer.weight, std=(cfg.hidden * cfg.d_c) ** -0.5)
             nn.init.zeros_(layer.bias)
 
     def forward(self, z, e):
@@ -100,7 +101,8 @@ class Core(nn.Module):
 # ---------------------------------------------------------------------------------------------- belongs to one base
 class Converter(nn.Module):
     """Layer embeddings e and the aligner P_in, P_out of one base with the sites `groups` {g: Group}: one e for each of
-    the L layers that have a site, one P_in and P_out for each group.
+    the L layers that have a site, one P_in and P_out for each group. Both start as random matrices that keep the size
+    of what they multiply at any width of the base; with norm "none" at a standard deviation of 0.02.
 
     port: the core is already trained and its B-heads are no longer zero. P_out starts at zero instead, so that a port,
     too, starts at the identity. like: the converter of a base that the core was trained on; e starts as its layer
@@ -110,11 +112,14 @@ class Converter(nn.Module):
     def __init__(self, cfg, groups, like=None, port=False):
         super().__init__()
         layers = layers_of(groups)
-        L, std = len(layers), 0 if port else 0.02
+        L, widths = len(layers), cfg.norm == "layer"
         self.e = nn.Parameter(torch.randn(L, cfg.d_e) if like is None else
                               torch.stack([like.e.detach()[same_depth(l, L, len(like.e))] for l in range(L)]))
-        self.P_in = nn.ParameterDict({g: 0.02 * torch.randn(cfg.d_c, group.d_in) for g, group in groups.items()})
-        self.P_out = nn.ParameterDict({g: std * torch.randn(group.d_out, cfg.d_c) for g, group in groups.items()})
+        self.P_in, self.P_out = nn.ParameterDict(), nn.ParameterDict()
+        for g, (_, _, d_in, d_out) in groups.items():
+            self.P_in[g] = (d_in ** -0.5 if widths else 0.02) * torch.randn(cfg.d_c, d_in)
+            std = min(1, d_out / cfg.d_c) ** 0.5 * cfg.d_c ** -0.5 if widths else 0.02
+            self.P_out[g] = (0 if port else std) * torch.randn(d_out, cfg.d_c)
         self.groups = groups
         for g, group in groups.items():                                              # its layers' rows of e  [L_g]
             rows = None if len(group.layers) == L else torch.tensor([layers.index(layer) for layer in group.layers])
@@ -163,6 +168,35 @@ class Portal:
     def adapters(self, base):
         """Returns the generated Adapters of every task for one base, attached to the autograd graph."""
         return Adapters(*self.converters[base](self.core, self.z), self.cfg.alpha / self.cfg.rank)
+
+    def rates(self, lr):
+        """Returns the parameters to train and their learning rates, [{"params", "lr"}] as torch.optim takes them.
+
+        Adam moves every entry of a matrix by its rate, in the direction that lowers the loss. In a sum of n terms these
+        moves add up to n times the rate, and A and B are products of such sums: at one rate for all, a step grows with
+        the widths of core and base, and with every step before. So a layer whose sums have n terms has the rate lr / n,
+        as in muP (Yang et al., 2022, arXiv 2203.03466). A_hat is to move in proportion to its size, 1 / sqrt(d_c). z
+        and e are multiplied by random rows, whose terms cancel but for sqrt(n) of n.
+
+        norm "none": the write-up's rates, lr for all and twice that for z (appendix A)."""
+        cfg, core, found = self.cfg, self.core, {}                                   # {rate: [parameters]}
+        def add(rate, *parameters):
+            found.setdefault(rate, []).extend(p for p in parameters if p.requires_grad)
+        if cfg.norm == "none":
+            add(lr, *(p for module in (core, *self.converters.values()) for p in module.parameters()))
+            add(2 * lr, self.z)
+        else:
+            for layer in (core.W1, core.W2, core.film, *core.head_B.values()):
+                add(lr / layer.in_features, *layer.parameters())
+            add(lr / cfg.hidden, *core.norm1.parameters(), *core.norm2.parameters())
+            for layer in core.head_A.values():
+                add(lr / layer.in_features / cfg.d_c ** 0.5, *layer.parameters())
+            for converter in self.converters.values():
+                for P in (*converter.P_in.values(), *converter.P_out.values()):
+                    add(lr / P.shape[1], P)
+                add(lr / cfg.d_e ** 0.5, converter.e)
+            add(lr / cfg.d_z ** 0.5, self.z)
+        return [{"params": parameters, "lr": rate} for rate, parameters in found.items() if parameters]
 
     def to(self, device):
         self.z.data = self.z.data.to(device)

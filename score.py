@@ -46,6 +46,26 @@ def score(base, adapters, items, max_tokens):
     return log_p
 
 
+@torch.no_grad()
+def delta_ratio(base, adapters, items):
+    """Returns how far the adapters move a projection's output: the mean over the adapted layers of
+    |scale B A x| / |W x + bias|, norms over all tokens x that a forward pass of `items` gives the layer."""
+    batch, found = collate(items, base.device), []
+    length = torch.tensor([item.length() for item in items], device=base.device)
+    real = torch.arange(batch.ids.shape[1], device=base.device) < length[:, None]    # [R, S] without the padding
+    def measure(layer, inputs, y):
+        if layer.path in base.active.factors:
+            (x,), (A, B), mask = inputs, base.active.factors[layer.path], real.to(inputs[0].device)
+            x, task = x.reshape(*mask.shape, -1), base.active.task[x.device]         # [R, S, d_in]
+            delta = base.active.scale * x.float() @ A[task].float().mT @ B[task].float().mT  # [R, S, d_out]
+            found.append(float(delta[mask].norm() / layer.linear(x)[mask].float().norm()))
+    hooks = [base.model.get_submodule(path).register_forward_hook(measure) for path in base.linears]
+    base.logits(batch, adapters)
+    for hook in hooks:
+        hook.remove()
+    return sum(found) / len(found)
+
+
 def full_precision(logits):
     """Returns half-precision logits as float32, for a softmax over a vocabulary; float32 and float64 as they are."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -23,18 +23,20 @@ from runtime.flags import parse, run_main, some_of
 from runtime.job import DryRun, Job
 from runtime.resume import digests_of
 from runtime.run_folder import OUT, lock, new_folder, occupied, save_portal, sibling
-from score import evaluate, full_precision, macro
+from score import delta_ratio, evaluate, full_precision, macro
 
-# REAL: the write-up's numbers (appendix A). TOY: chosen on rows held out of the toy's train split. An epoch is a pass
-# over the largest task and has at least `least` rounds: on a few rows a single pass gives too few steps.
-REAL = dict(n=2000, epochs=5, batch_size=4, lr=1e-3, least=1, max_tokens=4096, sizes={},
-            port=dict(n=1000, epochs=5, batch_size=4, lr=1e-3, least=1, max_tokens=4096),
+# REAL: the write-up's numbers (appendix A) but for lr, which is that of sums (Portal.rates). TOY and lr: chosen on rows
+# held out of train. An epoch is a pass over the largest task and has at least `least` rounds: on a few rows a single
+# pass gives too few steps.
+REAL = dict(n=2000, epochs=5, batch_size=4, lr=0.03, least=1, max_tokens=4096, sizes={},
+            port=dict(n=1000, epochs=5, batch_size=4, lr=0.3, least=1, max_tokens=4096),
             lora=dict(epochs=5, batch_size=4, lr=1e-4, least=1, max_tokens=4096))
-TOY = dict(n=1000, epochs=4, batch_size=8, lr=1e-3, least=28, max_tokens=4096,
-           sizes=dict(d_z=64, hidden=256, d_c=256, gain=1.0),
-           port=dict(n=1000, epochs=3, batch_size=8, lr=3e-3, least=112, max_tokens=4096),
+TOY = dict(n=1000, epochs=2, batch_size=8, lr=0.3, least=28, max_tokens=4096,
+           sizes=dict(d_z=64, hidden=256, d_c=256),
+           port=dict(n=1000, epochs=2, batch_size=8, lr=1.0, least=112, max_tokens=4096),
            lora=dict(epochs=1, batch_size=8, lr=1e-2, least=112, max_tokens=4096),
            lora_iso=dict(epochs=6, batch_size=8, lr=3e-3, least=112, max_tokens=4096))
+WRITE_UP_LR = 1e-3                                                                   # the default with norm "none"
 
 
 def preset(names):
@@ -42,8 +44,9 @@ def preset(names):
     return TOY if set(names) <= TOY_BASES.keys() else REAL
 
 
-def resolve_settings(args, default):
-    """The settings: those given as flags, else the preset's."""
+def resolve_settings(args, default, norm=None):
+    """The settings: those given as flags, else the preset's. norm: of the run's generator, where one is trained."""
+    default = {**default, "lr": WRITE_UP_LR} if norm == "none" else default
     return {k: getattr(args, k, None) or v for k, v in default.items() if not isinstance(v, dict)}
 
 
@@ -194,9 +197,11 @@ def fit(job, bases, generate, learners, rows, weigh=None, step=one_round):
                 job.record(losses, batch)
             for learner in learners:
                 learner.optimizer.zero_grad()                                        # frees memory for the evaluation
-            scores = job.record_scores(held_out_scores(bases, generate, source, job.max_tokens))
+            scores = held_out_scores(bases, generate, source, job.max_tokens)
+            job.record_scores(scores, delta_ratios(bases, generate, source))
             for learner in learners:
                 learner.keep_best(epoch, scores)
+        job.compare(lambda: held_out_scores(bases, lambda name: None, source, job.max_tokens))
 
 
 @torch.no_grad()
@@ -204,6 +209,13 @@ def held_out_scores(bases, generate, source, max_tokens):
     """{(base name, task): (acc_norm, -log_loss)} on the rows held out of train."""
     return {(base.name, source.tasks[t]): (cell["acc_norm"], -cell["log_loss"]) for base in bases
             for t, cell in evaluate(base, generate(base.name), source.held[base.name], max_tokens).items()}
+
+
+@torch.no_grad()
+def delta_ratios(bases, generate, source):
+    """Returns score.delta_ratio of each base, on the first training row of every task."""
+    return [delta_ratio(base, generate(base.name), [source.cycles[base.name, task].items[0] for task in source.tasks])
+            for base in bases]
 
 
 def save_states(learners, epochs, save):
@@ -222,15 +234,14 @@ def rounds_of(rows, batch_size, least=1):
 
 
 def portal_learner(portal, rows, settings, rates={}):
-    """One learner for everything that is not frozen: core and converters at lr, z at twice that (appendix A). rates
-    {name of a parameter: its own rate}, such as {"e": 3e-2}."""
-    lr, modules = settings["lr"], [portal.core, *portal.converters.values()]
-    named = [(name, p) for module in modules for name, p in module.named_parameters() if p.requires_grad]
-    groups = [{"params": [p for name, p in named if name not in rates], "lr": lr}]
-    groups += [{"params": [p for name, p in named if name == own], "lr": rate} for own, rate in rates.items()]
+    """One learner for everything that is not frozen, at the rates of Portal.rates. rates {name of a parameter of the
+    converters: its own rate}, such as {"e": 3e-2}."""
+    groups = portal.rates(settings["lr"])
+    for name, rate in rates.items():
+        own = [dict(converter.named_parameters())[name] for converter in portal.converters.values()]
+        rest = [{**group, "params": [p for p in group["params"] if all(p is not q for q in own)]} for group in groups]
+        groups = [*(group for group in rest if group["params"]), {"params": own, "lr": rate}]
     z = portal.z if portal.z.requires_grad else None
-    if z is not None:
-        groups.append({"params": [z], "lr": 2 * lr})
     rounds = max(rounds_of(train, settings["batch_size"], settings["least"]) for train, _ in rows.values())
     return Learner(groups, list(rows), rounds, settings["epochs"], z)
 
@@ -248,16 +259,17 @@ def main(argv=None, sizes={}, change=lambda portal: None, weigh=None, step=one_r
     specs = args.bases or TOY_SEEN
     names = short_names(specs)
     default = preset(names)
-    settings, seed = resolve_settings(args, default), args.seed or 0
+    n, seed = args.n or default["n"], args.seed or 0
     data = args.data or ROOT / ("toy/data" if default is TOY else "data")
     run = args.run or OUT / ("toy" if args.bases is None else "+".join(names))
     found = load_tasks(data, args.tasks)
-    print_fewer(found, settings["n"])
-    rows = {task: sample(splits["train"], settings["n"], seed) for task, splits in found.items()}
+    print_fewer(found, n)
+    rows = {task: sample(splits["train"], n, seed) for task, splits in found.items()}
     cfg = Config(tasks=list(rows), **{**default["sizes"], **sizes})
     cfg.modules, cfg.norm = args.modules or cfg.modules, args.norm or cfg.norm
     cfg.rank, cfg.alpha = args.rank or cfg.rank, 2 * (args.rank or cfg.rank)
     lock_for_training(run, cfg, args)
+    settings = resolve_settings(args, default, cfg.norm)
     bases = [load_base(spec, args.device, args.dtype, args.recompute, args.device_map, args.quantize) for spec in specs]
 
     torch.manual_seed(seed)
@@ -273,7 +285,7 @@ def main(argv=None, sizes={}, change=lambda portal: None, weigh=None, step=one_r
     fit(job, bases, portal.adapters, [learner], rows, weigh, step)
     if args.dry_run:
         return
-    fitted = dict(n=settings["n"], seed=seed, data=str(data.resolve()), rows=digests_of(rows),
+    fitted = dict(n=n, seed=seed, data=str(data.resolve()), rows=digests_of(rows),
                   epochs=settings["epochs"], epoch_selected=learner.epoch, seconds=round(job.seconds, 1), date=today())
     save_run(run, portal, learner, bases, settings, fitted)
     print(f"epoch {learner.epoch} of {settings['epochs']} selected on held-out rows; saved to {run}")

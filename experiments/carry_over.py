@@ -46,8 +46,8 @@ RECIPES = {"": {}, "noise .1": dict(noise=0.1), "noise .2": dict(noise=0.2), "de
 RECIPE, CHOICE = "noise .1", 32
 SWEEP = [(T, RECIPE) for T in (80, 64, 32, 16, 8)] + [(80, "")] + [(CHOICE, r) for r in RECIPES if r != RECIPE]
 
-SETTINGS = dict(train=dict(n=160, epochs=5, batch_size=2, lr=1e-3), port=dict(n=160, epochs=6, batch_size=2, lr=3e-3),
-                add=dict(n=200, epochs=5, batch_size=4, lr=5e-3), lora=dict(n=200, epochs=2, batch_size=8, lr=3e-3),
+SETTINGS = dict(train=dict(n=160, epochs=5, batch_size=2, lr=0.3), port=dict(n=160, epochs=6, batch_size=2, lr=1.0),
+                add=dict(n=200, epochs=5, batch_size=4, lr=0.08), lora=dict(n=200, epochs=2, batch_size=8, lr=3e-3),
                 sizes=TOY["sizes"], eval_rows=100)
 MAX_TOKENS = 8192
 
@@ -140,7 +140,7 @@ class CarryOver:
         how, rows = self.stage("add", tasks)
         added = with_latents(portal, nn.Parameter(portal.z.mean(0, keepdim=True).repeat(len(tasks), 1)))
         frozen = [p for module in (portal.core, *portal.converters.values()) for p in module.parameters()]
-        learner = portal_learner(added, rows, {**how, "lr": how["lr"] / 2})          # z has twice that rate
+        learner = portal_learner(added, rows, how)
         self.learn(name, bases, added.adapters, [learner], rows, how, frozen)
         return added.z.detach()
 

@@ -30,8 +30,8 @@ EXPERIMENTS = dict(main=("6.1", "6.2", "6.3", "tasks"), sweep=("6.4",), aside=("
                    competition=("competition",))                                     # {experiment: its tables}
 SWEEP = (8, 16, 32, 64, 125, 250, 500, 1000)                                         # all that a task of the toy has
 ASIDE = [ROOT / "toy" / "data_aside" / task for task in ("fourth", "after_animal")]  # in no training of the toy
-# The toy's rounds and rates in sweep, aside and competition, whose results were measured before train.TOY was changed.
-MEASURED = dict(port="--epochs 6 --lr 3e-3", lora="--epochs 2 --lr 3e-3", lora_iso="--epochs 6 --lr 3e-3")
+# The toy's rounds and rates of the LoRAs in sweep and aside, from before train.TOY was changed.
+MEASURED = dict(lora="--epochs 2 --lr 3e-3", lora_iso="--epochs 6 --lr 3e-3")
 
 
 def dims_of(adapters):
@@ -160,7 +160,7 @@ class Steps:
         """On the last of the targets, the one of another family. The port as shipped, then with P_in aligned, with
         losses divided (write-up), and of all modules."""
         source, target, on_target = f"seed{seed}", self.targets[-1], ("--bases", self.targets[-1])
-        flags = ["--n", ",".join(map(str, self.args.sweep)), *self.data, *self.measured("port")]
+        flags = ["--n", ",".join(map(str, self.args.sweep)), *self.data]
         ports, measured = self.ports([target], *flags), (eval, "--methods", "portal", *on_target)
         self.run_step("main", "", source, self.source(seed))
         self.run_step("sweep", "", self.fork(source, f"sweep-{source}"), ports,      # eval's flags are for both LoRAs
@@ -180,9 +180,7 @@ class Steps:
         tasks, new = ["--tasks", ",".join(folder.name for folder in folders)], len(folders)
         learn = [(train, "--overwrite", "--add-task", str(folder)) for folder in folders]
         self.run_step("main", "", source, self.source(seed))
-        if self.toy:                                                                 # main's ports have other epochs
-            source = self.fork(source, f"aside-ports-seed{seed}")
-        self.run_step("carry", "", source, self.ports(self.targets, *self.data, *self.measured("port")))
+        self.run_step("carry", "", source, self.ports(self.targets, *self.data))
         carried = self.fork(source, f"aside-seed{seed}", self.targets)
         self.run_step("carry", "carried", carried, *learn,
                       (eval, "--methods", "base,lora,portal", *tasks, *self.measured("lora")))
@@ -197,8 +195,8 @@ class Steps:
                           (eval, "--methods", "portal", *tasks, "--bases", target))
 
     def ablation(self, seed):
-        """On the toy: a quarter of its rows and of the rounds of training, a sixth of those of the port, which leaves
-        the methods room to differ; and the port that is hardest."""
+        """On the toy: a quarter of its rows and of the rounds of training, half of those of the port, which leaves the
+        methods room to differ; and the port that is hardest."""
         few, measured = ["--n", "250"], (eval, "--methods", "portal")
         ports = self.ports(["toy-gemma"], "--epochs", "1", *few)
         for variant, how in ABLATIONS.items():
@@ -215,7 +213,7 @@ class Steps:
             alone = ["--tasks", self.worst(seed)] if variant.endswith("alone") else []
             how = how._replace(train={**how.train, "step": watched(self.run(f"{name}.gradients.jsonl"))})
             self.run_step("alone" if alone else "competition", variant, name, self.source(seed, *how.flags, *alone),
-                          self.ports(["toy-gemma"], *self.measured("port")), (eval, "--methods", "portal"), how=how)
+                          self.ports(["toy-gemma"]), (eval, "--methods", "portal"), how=how)
 
     def worst(self, seed):
         """The task on which the core as printed is worst over its two source bases."""

@@ -131,7 +131,7 @@ FLAGS = {
     "the optimiser": {
         "epochs": dict(NUMBER, help="passes over the largest task"),
         "batch-size": dict(NUMBER, help="rows of every task in a round"),
-        "lr": dict(type=positive(float), metavar="RATE", help="learning rate of core and converter (z: twice that)"),
+        "lr": dict(type=positive(float), metavar="RATE", help="learning rate; see portal.Portal.rates"),
         "seed": dict(type=seed, metavar="N", help="seed of everything random (train: 0; else the run's)")},
     "the machine": {
         "device": dict(type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="torch device"),

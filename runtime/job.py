@@ -30,6 +30,13 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def means(scores):
+    """Returns the mean acc_norm and log_loss of {(base name, task): (acc_norm, -log_loss)}, None and None of none."""
+    columns = zip(*scores.values()) if scores else ()
+    acc, log_p = [sum(column) / len(scores) for column in columns] or (None, None)
+    return acc, log_p and -log_p
+
+
 class Job:
     """One fit. `what`: its name in the log; settings: a dict with epochs, batch_size and max_tokens; log: path of
     log.jsonl; state: path of the state file, which the caller removes, or None; frozen: tensors that the adapters
@@ -101,13 +108,21 @@ class Job:
         at.tokens += sum(item.length() for item in drawn)
         self.bar.set_postfix(loss=f"{loss:.3f}", tok_s=int(at.tokens / (at.seconds - at.began)), refresh=False)
 
-    def record_scores(self, scores):
-        """Takes and returns an epoch's {(base name, task): (acc_norm, -log_loss)}. Raises BadInput: see check."""
+    def record_scores(self, scores, ratios):
+        """Takes an epoch's {(base name, task): (acc_norm, -log_loss)} and each base's score.delta_ratio. Raises
+        BadInput: see check."""
         self.forget_batches()
         tasks = self.source.tasks
         self.check([[scores.get((base.name, task), (0, 0))[1] for task in tasks] for base in self.bases], "held-out ")
-        self.scores = scores
-        return scores
+        self.scores, self.ratios = scores, ratios
+
+    def compare(self, bare):
+        """Prints a line if the fit ends with a higher held-out log-loss than the bare bases', the scores bare()."""
+        if self.at.lines and self.at.lines[-1]["held_log_loss"]:
+            ends, (_, bare) = self.at.lines[-1]["held_log_loss"], means(bare())
+            if ends > bare:
+                tqdm.write(f"{self.what}: the held-out log_loss ends at {ends:.3f}, above the bare base's {bare:.3f}: "
+                           "it diverged or learned its rows by heart; try a smaller --lr, more rows or fewer --epochs")
 
     def check(self, losses, which=""):
         """Raises BadInput if some of losses [bases, T] are not finite."""
@@ -119,20 +134,21 @@ class Job:
 
     def end_epoch(self, epoch):
         """Saves the state, appends the epoch's line to the log and prints it."""
-        at, scores = self.at, list(self.scores.values())
-        acc, log_loss = (sum(column) / len(scores) for column in zip(*scores)) if scores else (None, None)
-        log_loss, seconds = log_loss and -log_loss, at.seconds - at.began
+        at, (acc, log_loss) = self.at, means(self.scores)
+        seconds = at.seconds - at.began
         line = dict(event="epoch", what=self.what, bases=[base.name for base in self.bases], epoch=epoch,
-                    loss=at.loss / self.per_epoch, held_acc_norm=acc, held_log_loss=log_loss, seconds=round(seconds, 2),
-                    rounds=self.per_epoch, tokens=at.tokens, tokens_per_s=round(at.tokens / seconds),
+                    loss=at.loss / self.per_epoch, held_acc_norm=acc, held_log_loss=log_loss, delta_ratio=self.ratios,
+                    seconds=round(seconds, 2), rounds=self.per_epoch, tokens=at.tokens,
+                    tokens_per_s=round(at.tokens / seconds),
                     peak_memory=peak_memory(self.bases[0].device), date=today())
         at.lines, at.loss, at.tokens = [*at.lines, line], 0.0, 0
         at.seconds = at.began = time.time() - self.started
         self.save()                                                               # first: then the line can be put back
         append_jsonl(self.log, line)
-        held = f"held-out acc_norm {acc:.3f}, log_loss {log_loss:.3f}" if scores else "nothing held out"
-        tqdm.write(f"{self.what} epoch {epoch}/{self.n_epochs}: loss {line['loss']:.3f}, {held}, {seconds:.0f} s, "
-                   f"{line['tokens_per_s']} tokens/s")
+        held = f"held-out acc_norm {acc:.3f}, log_loss {log_loss:.3f}" if self.scores else "nothing held out"
+        ratio = ", ".join(f"{ratio:.2g}" for ratio in self.ratios)
+        tqdm.write(f"{self.what} epoch {epoch}/{self.n_epochs}: loss {line['loss']:.3f}, {held}, "
+                   f"|BAx|/|Wx| {ratio}, {seconds:.0f} s, {line['tokens_per_s']} tokens/s")
 
     def identify(self, rows, weigh):
         """A digest of all that the fit's numbers follow from. Not of max_tokens and the device, which change rounding
@@ -263,6 +279,8 @@ class DryRun(Job):
     def record(self, losses, items):
         pass
 
-    def record_scores(self, scores):
+    def record_scores(self, scores, ratios):
         self.scoring = self.clock() - self.began
-        return scores
+
+    def compare(self, bare):
+        pass

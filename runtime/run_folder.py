@@ -173,7 +173,8 @@ def load_config(run):
     """Returns (portal.json as a dict, Config). Raises BadInput if it is malformed."""
     saved = read_json(run / "portal.json")
     try:
-        cfg, names = Config(**saved["config"]), [*saved["config"]["tasks"], *(b["base"] for b in saved["bases"])]
+        config = {key: value for key, value in saved["config"].items() if key != "gain"}  # of runs of an earlier recipe
+        cfg, names = Config(**config), [*saved["config"]["tasks"], *(b["base"] for b in saved["bases"])]
         saved["seed"], saved["data"]
     except (KeyError, TypeError) as error:
         raise BadInput(f"{run / 'portal.json'}: not a PorTAL configuration ({error})")

@@ -3,17 +3,20 @@ import json, os
 
 import huggingface_hub, peft, pytest, torch
 from conftest import ARCHITECTURES, SMALL, command, exact_norms, fingerprint, one_line, save_tiny, tiny_tokenizer
+from safetensors import safe_open
 from safetensors.torch import load_file
-from helpers import items, make_portal
+from helpers import items, make_portal, random_adapters
+from test_sites import base_of, hybrid
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
 
 import export
-from bases import load_base
-from data import collate
+from bases import load_base, source_of
+from data import Item, Row, collate
 from merge import save_merged
 from eval import adapters_of
 from portal import MODULES, Adapters
-from runtime.files import append_jsonl, write_json
+from runtime.files import BadInput, append_jsonl, write_json
 from runtime.run_folder import load_tensors, save_adapters, save_portal, save_tensors
 
 TASKS = ["one", "two", "three"]
@@ -115,6 +118,172 @@ def test_any_methods_adapters_leave(tmp_path):
     def load(task):
         return peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(where), tmp_path / task)
     assert_same_logits(load, run, where, torch.float32, "lora")
+
+
+COMMIT = "a" * 40
+BASES = {
+    "experts": lambda: base_of("Qwen2MoeForCausalLM", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+                               num_hidden_layers=2, shared_expert_intermediate_size=16),
+    "fused": lambda: base_of("Phi3ForCausalLM", pad_token_id=0, num_hidden_layers=2), "convolutions": hybrid,
+    "conv1d": lambda: base_of("GPT2LMHeadModel", config="GPT2Config", n_embd=24, n_layer=2, n_head=4, head_dim=6)}
+
+
+@pytest.mark.parametrize("name, modules, changes", [
+    ("experts", "q gate down", dict(
+        target_modules=[f"model.layers.{k}.self_attn.q_proj" for k in range(2)],
+        target_parameters=[f"model.layers.{k}.mlp.shared_expert.{m}_proj.weight"
+                           for m in ("gate", "down") for k in range(2)])),
+    ("fused", "o v q", dict(target_modules=["o_proj", "qkv_proj"],
+                            rank_pattern={f"model.layers.{k}.self_attn.qkv_proj": 8 for k in range(2)},
+                            alpha_pattern={f"model.layers.{k}.self_attn.qkv_proj": 16 for k in range(2)})),
+    ("convolutions", "q gate", dict(target_modules=["gate_proj", "q_proj"])),         # [channels, 1, 4]: no experts
+    ("conv1d", "up down", dict(fan_in_fan_out=True, target_modules=[
+        f"transformer.h.{k}.mlp.{m}" for m in ("c_fc", "c_proj") for k in range(3)]))])
+@torch.no_grad()
+def test_peft_finds_the_layers_that_are_meant(tmp_path, name, modules, changes):
+    """Experts under names that PEFT takes for others, fused or transposed projections, names that others have."""
+    base, batch = BASES[name](), collate([Item(1, [5, 6, 7, 8, 9], [[10, 11, 12]], Row("t", "", [], 0))])
+    adapters = random_adapters(base, modules=modules.split())
+    want, bare = base.logits(batch, adapters), base.logits(batch)
+    export.save_peft(tmp_path, base, dict(id="Org/X", revision=COMMIT), adapters, 1)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config == {**dict(
+        peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path="Org/X", revision=COMMIT, r=4, lora_alpha=8,
+        rank_pattern={}, alpha_pattern={}, target_parameters=None, lora_dropout=0.0, bias="none", use_rslora=False,
+        use_dora=False, inference_mode=True, fan_in_fan_out=False), **changes}
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    model = peft.PeftModel.from_pretrained(base.unpatch(), tmp_path)
+    torch.testing.assert_close(model(input_ids=batch.ids).logits[batch.at], want, rtol=1e-4, atol=1e-4)
+    assert (want - bare).abs().max() > 0.1
+
+
+def test_an_adapters_file_has_the_names_that_peft_reads(monkeypatch):
+    """PEFT renames as transformers does for the base's files: by the model's own steps and by those for old files."""
+    path = "model.layers.0.self_attn.q_proj"
+    parts = [f"self_attn.{m}_proj.weight" for m in "qkv"]
+    split = WeightConverter(["attn.qkv.weight"], parts, operations=[Chunk(dim=0)])
+    def names(own, legacy=()):
+        monkeypatch.setattr(export, "get_model_conversion_mapping", lambda model, add_legacy=True: [
+            WeightRenaming(*step) if type(step) is tuple else step for step in (*own, *(legacy if add_legacy else ()))])
+        return export.checkpoint_names(None, [path])[path]
+    assert names([]) == names([("^model.", "")]) == path                             # PEFT adds the prefix
+    assert names([split]) == path
+    assert names([("attn.", "self_attn."), split]) == "model.layers.0.attn.q_proj"
+    assert names([("attn.", "mid."), ("mid.", "self_attn.")]) == "model.layers.0.attn.q_proj"
+    assert names([("attn.", "self_attn.")], [("old.", "attn.")]) == "model.layers.0.attn.q_proj"
+    with pytest.raises(BadInput, match=f"PEFT cannot read an adapter of {path}, which it renames; --merge"):
+        names([("attn.", "self_attn."), ("self_attn.", "attention.")])
+
+
+def test_the_card_in_full(tmp_path):
+    run = tmp_path / "run"
+    p = dict(base="x", id="Org/X", revision=COMMIT, ported=True, n=8, seed=None, date="2026-01-01")
+    write_json(run / "portal.json", dict(added={"two": dict(n=5, bases=["a", "b"])}))
+    for seed in (1, None):
+        append_jsonl(run / "results.jsonl", dict(method="portal", base="x", task="one", seed=seed, n=8, select="best",
+                                                 acc_norm=0.5 if seed is None else 0.25, log_loss=1.0, rows=40))
+    assert export.card(run, p, "portal", ["one", "two"], "peft", "AutoX", torch.float32) == f"""---
+base_model: "Org/X"
+library_name: peft
+tags:
+- lora
+- portal
+---
+
+# one, two on x
+
+A LoRA in PEFT's format. {export.MARK}.
+
+| | |
+|---|---|
+| base | Org/X |
+| revision of the base | {COMMIT} |
+| seen in training | no |
+| method | portal |
+| run | run |
+| training rows a task (n) | 8 |
+| seed | not recorded |
+| fitted | 2026-01-01 |
+| acc_norm of one | 0.500 on 40 evaluation rows |
+| the bare base's on one | not measured |
+| two was learned later | 5 rows on a, b |
+| acc_norm of two | not measured |
+| the bare base's on two | not measured |
+
+```python
+from peft import PeftModel
+from transformers import AutoX
+
+model = PeftModel.from_pretrained(AutoX.from_pretrained('Org/X', revision='{COMMIT}'), "this folder")
+```
+"""
+    (tmp_path / "X.gguf").touch()
+    p = dict(p, id=str(tmp_path / "X.gguf"), revision=None, ported=False, seed=2)
+    card = export.card(run, p, "lora", ["two"], "peft", "AutoX", torch.float32)
+    assert f"from_pretrained('{tmp_path}', gguf_file='X.gguf')" in card and f"| base | {tmp_path}/X.gguf |" in card
+    assert "learned later" not in card and "| seen in training | yes |" in card
+    card = export.card(run, p, "lora", ["two"], "transformers", "AutoX", torch.bfloat16)
+    assert 'AutoX.from_pretrained("this folder", dtype="bfloat16")' in card
+
+
+def test_a_folder_beside_a_gguf_file_is_free_and_the_file_is_not(tmp_path):
+    (tmp_path / "models").mkdir()
+    source = source_of(str(tmp_path / "models" / "x.gguf"))
+    export.check_free(tmp_path / "models" / "out", False, source)
+    (tmp_path / "README.md").write_bytes(b"\xff " + export.MARK.encode())           # no text in full
+    for path in (tmp_path, tmp_path / "models" / "x.gguf", tmp_path / "models" / "x.gguf" / "new"):
+        with pytest.raises(BadInput, match="is, holds or lies in the base, .*/models/x.gguf"):
+            export.check_free(path, True, source)
+    export.check_free(tmp_path, True, source_of("Org/X"))
+    with pytest.raises(BadInput, match="already holds an export; --overwrite replaces it"):
+        export.check_free(tmp_path, False, source_of("Org/X"))
+
+
+def test_each_form_of_export_is_written_from_its_base(tmp_path, monkeypatch, capsys):
+    """A .gguf file's merged model is converted; its adapters are PEFT's. A merged model's weights are in --dtype."""
+    run, where = make_run(tmp_path, save_tiny(tmp_path / "tiny"), norm="none")
+    argv = ["--run", run, "--to", "tiny", "--out", tmp_path / "out"]
+    def written(*flags):
+        assert command(export, *argv, "--overwrite", *flags) == 0
+        return (tmp_path / "out" / "README.md").read_text()
+    assert "library_name: portallib\n" in written("--portallib")
+    text = written("--task", "two", "--merge", "--dtype", "bfloat16")
+    assert "library_name: transformers\n" in text and 'dtype="bfloat16"' in text
+    assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
+    assert "library_name: peft\n" in written("--task", "two")
+    base, calls, path = load_base(str(where)), [], tmp_path / "tiny" / "x.gguf"
+    path.touch()
+    provenance = run / "converters" / "tiny.json"
+    write_json(provenance, {**json.loads(provenance.read_text()), "id": str(path)})
+    monkeypatch.setattr(export, "reload_base", lambda *args, **options: base)
+    for name in ("save_converted", "save_peft", "save_merged"):
+        monkeypatch.setattr(export, name, lambda folder, *args, name=name: calls.append((name, args)))
+    written("--task", "two")
+    written("--task", "three", "--merge")
+    (peft_, (own, p, adapters, t)), (converted, (source, *rest)) = calls
+    assert (peft_, own, p["id"], t) == ("save_peft", base, str(path), 1) and adapters.scale == 2
+    assert converted == "save_converted" and source.gguf == "x.gguf" and rest[0] is base and rest[2] == 2
+
+
+def test_adapters_of_another_fit_or_of_fewer_tasks_are_refused(tmp_path, capsys):
+    run, where = make_run(tmp_path, save_tiny(tmp_path / "tiny"))
+    base, p = load_base(str(where)), json.loads((run / "converters" / "tiny.json").read_text())
+    argv = ["--run", run, "--to", "tiny", "--overwrite", "--out", tmp_path / "out", "--method"]
+    def refused(words, *flags):
+        capsys.readouterr()
+        assert command(export, *argv, *flags) == 2
+        one_line(capsys, words)
+    for method in ("lora", "cross_lora"):
+        save_adapters(run / "baselines" / method / "tiny.safetensors", random_adapters(base, tasks=2))
+        write_json(run / "baselines" / method / "tiny.json", p)
+        assert command(export, *argv, method, "--task", "two") == 0
+        for task in ("three", "all"):
+            refused([f"its {method} adapters of tiny are older than its task 'three'"], method, "--task", task)
+        write_json(run / "baselines" / method / "tiny.json", {**p, "n": 4})
+    refused(["lora adapters of tiny were not fitted on the base and rows"], "lora", "--task", "two")
+    assert command(export, *argv, "lora", "--task", "two", "--allow-changed-base") == 0
+    assert command(export, *argv, "cross_lora", "--task", "two") == 0                # made of its source's, not fitted
 
 
 def test_the_card_says_what_was_measured(tmp_path):

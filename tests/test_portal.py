@@ -43,13 +43,21 @@ def test_factors_equal_the_equations_in_numpy(norm):
                 np.testing.assert_allclose(adapters.B[m][t, l].detach().numpy(), c[f"P_out.{m}"] @ B_hat, rtol=1e-10)
 
 
-def test_initialisations_are_the_write_ups():
+@pytest.mark.parametrize("norm", ["layer", "none"])
+def test_initialisations(norm):
+    """With norm "none" the write-up's; else P_in x, P_out x (at most) and A x have the size of x."""
     base = tiny_base()
-    portal = make_portal(base, random=False, d_z=256, d_c=1024, d_e=32)
-    converter = portal.converters["tiny"]
+    portal = make_portal(base, norm, random=False, d_z=256, d_c=1024, d_e=32, hidden=256)
+    converter, x = portal.converters["tiny"], torch.randn(base.groups["q"].d_in, 999)
     assert portal.z.std().item() == pytest.approx(0.02, rel=0.1)
-    assert converter.P_in["q"].std().item() == pytest.approx(0.02, rel=0.05)
-    assert converter.P_out["v"].std().item() == pytest.approx(0.02, rel=0.05)
+    if norm == "none":
+        assert converter.P_in["q"].std().item() == pytest.approx(0.02, rel=0.05)
+        assert converter.P_out["v"].std().item() == pytest.approx(0.02, rel=0.05)
+    else:
+        assert (converter.P_in["q"] @ x).std().item() == pytest.approx(1, rel=0.1)
+        assert torch.linalg.matrix_norm(converter.P_out["v"], 2).item() < 2
+        A = portal.adapters("tiny").A["q"].flatten(0, 2)
+        assert 0.3 < (A @ x).std().item() < 1
     assert converter.e.std().item() == pytest.approx(1, rel=0.3)
     assert not portal.core.film.weight.any() and not portal.core.film.bias.any()
     assert not any(head.weight.any() or head.bias.any() for head in portal.core.head_B.values())

@@ -1,16 +1,20 @@
 """The mixed-task round against the one-task-at-a-time loop, and the pieces of the optimiser against worked examples."""
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import exact_norms, lora_hooks, plain_loss, tiny_base, tiny_model
+from conftest import exact_norms, lora_hooks, plain_loss, tiny_base, tiny_model, tiny_tokenizer
 from helpers import NeverWaits, make_portal, of_task, small_rows, some_items
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from runtime.files import BadInput
 from runtime.job import Job
 from data import Cycle, encode, micro_batches
-from portal import Converter
-from train import EMA, Learner, balance, fit, one_round, portal_learner, task_gradients
+from frozen import Base
+from portal import Config, Converter, Portal
+from score import delta_ratio
+from train import REAL, EMA, Learner, balance, fit, one_round, portal_learner, resolve_settings, task_gradients
 
 
 SETTINGS = dict(epochs=1, batch_size=1, lr=1e-3, least=1)
@@ -77,6 +81,7 @@ def test_the_loss_curve_is_that_of_the_plain_loop(tmp_path, ema):
 
     portal, bases = fresh()
     settings = dict(epochs=3, batch_size=2, lr=1e-2, least=1, max_tokens=20)
+    portal.cfg.norm = "none"                                                        # for its rates: one, and twice that for z
     learner = portal_learner(portal, rows, settings)
     fit(Job("test", settings, seed, tmp_path / "log.jsonl"), bases, portal.adapters, [learner], rows, EMA() if ema else None)
     got = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -194,9 +199,91 @@ def test_schedule_clip_and_rates():
         learner.step()
         assert p.grad.norm() == pytest.approx(1.0, rel=1e-4)
     assert rates[:3] == pytest.approx([0.5, 1.0, 1.0]) and rates[-1] == pytest.approx(1 / 18)
-    portal = make_portal(tiny_base())
-    groups = portal_learner(portal, {"one": ([1] * 9, []), "two": ([1], [])}, dict(SETTINGS, batch_size=4)).optimizer.param_groups
-    assert [g["initial_lr"] for g in groups] == [1e-3, 2e-3] and groups[1]["params"][0] is portal.z
+
+
+def rates_of(portal, **own):
+    """{parameter's id: its learning rate} at lr 1."""
+    groups = portal_learner(portal, small_rows(), dict(SETTINGS, lr=1.0), own).optimizer.param_groups
+    return {id(p): group["initial_lr"] for group in groups for p in group["params"]}
+
+
+def test_rates_follow_the_number_of_terms_in_a_sum():
+    sizes = dict(d_z=9, d_e=4, hidden=16, d_c=25)
+    portal = make_portal(tiny_base(), **sizes)
+    core, converter, rates = portal.core, portal.converters["tiny"], rates_of(portal)
+    want = {core.W1: 13, core.W2: 16, core.norm2: 16, core.film: 9, core.head_A["q"]: 16 * 5, core.head_B["v"]: 16}
+    assert all(rates[id(p)] == pytest.approx(1 / n) for layer, n in want.items() for p in layer.parameters())
+    assert rates[id(converter.P_in["q"])] == pytest.approx(1 / converter.P_in["q"].shape[1])
+    assert rates[id(converter.P_out["v"])] == pytest.approx(1 / 25)
+    assert rates[id(converter.e)] == pytest.approx(1 / 2) and rates[id(portal.z)] == pytest.approx(1 / 3)
+    assert len(rates) == 1 + len([*core.parameters(), *converter.parameters()])
+    assert rates_of(portal, e=3.0) == rates | {id(converter.e): 3.0}
+    core.requires_grad_(False)
+    assert rates_of(portal).keys() == {id(p) for p in (portal.z, *converter.parameters())}
+    portal = make_portal(tiny_base(), "none", **sizes)
+    assert {rate for p, rate in rates_of(portal).items() if p != id(portal.z)} == {1.0} and rates_of(portal)[id(portal.z)] == 2
+
+
+def first_ratio(width, norm="layer", **sizes):
+    """score.delta_ratio after one step at the preset's full rate on a random base of this width, whose projections keep
+    their input's size as those of a trained one do."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=64, hidden_size=width, intermediate_size=width, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=4, initializer_range=width ** -0.5)
+    base = Base(LlamaForCausalLM(config), tiny_tokenizer())
+    portal = Portal(Config(tasks=list(small_rows()), norm=norm, **sizes))
+    portal.converters[base.name] = Converter(portal.cfg, base.groups_of(portal.cfg.modules))
+    settings = resolve_settings(SimpleNamespace(), REAL, norm)
+    learner, items = portal_learner(portal, small_rows(), settings), some_items()
+    for group in learner.optimizer.param_groups:
+        group["lr"] = group["initial_lr"]
+    one_round([base], portal.adapters, [learner], {base.name: items}, 4096)
+    return delta_ratio(base, portal.adapters(base.name), items)
+
+
+def test_the_first_step_is_as_large_at_any_width():
+    """Relative to the frozen projections; at the write-up's scales and rates it grows with the widths."""
+    found = [first_ratio(width, d_c=d_c, hidden=hidden) for width, d_c, hidden in
+             [(32, 64, 512), (32, 1024, 512), (128, 256, 512), (512, 64, 512), (512, 1024, 512), (128, 256, 64)]]
+    assert max(found) < 3 * min(found) and 1e-3 < min(found) and max(found) < 0.1
+    assert first_ratio(512, "none", d_c=1024) > 5 * first_ratio(32, "none", d_c=64)
+
+
+@torch.no_grad()
+def test_the_ratio_is_that_of_plain_passes():
+    """score.delta_ratio on padded rows against rows run alone through an unpatched model, its projections by hand."""
+    base = tiny_base()
+    portal, model = make_portal(base), tiny_model()
+    adapters, items = portal.adapters("tiny"), [item for item in some_items() if item.task == 1]
+    (A, B, scale), found = of_task(adapters, 1), {}
+    lora_hooks(model, A, B, scale)
+    for l, layer in enumerate(model.model.layers):
+        for g, linear in (("q", layer.self_attn.q_proj), ("v", layer.self_attn.v_proj)):
+            def record(linear, inputs, y, g=g, l=l):
+                (x,), factors = inputs, (A[g][l], B[g][l])
+                BA_x, W_x = scale * x @ factors[0].T @ factors[1].T, x @ linear.weight.T
+                found.setdefault((g, l), []).append((BA_x.square().sum(), W_x.square().sum()))
+            linear.register_forward_hook(record)
+    for item in items:
+        model(torch.tensor([item.prompt + item.continuations[0][:-1]]))
+    sums = [torch.tensor(rows).sum(0) for rows in found.values()]
+    assert len({item.length() for item in items}) > 1 and len(sums) == 2 * len(model.model.layers)
+    want = sum((low / frozen).sqrt() for low, frozen in sums) / len(sums)
+    assert delta_ratio(base, adapters, items) == pytest.approx(want.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("gold, says", [(1, False), (0, True)])
+def test_a_fit_that_ends_above_the_bare_base_says_so(tmp_path, capsys, gold, says):
+    """Trained towards the second choice of every row, it is worse than the bare base where the first is right."""
+    base = tiny_base()
+    rows = {task: (train, [row._replace(gold=gold) for row in train]) for task, (train, _) in small_rows().items()}
+    settings = dict(epochs=2, batch_size=2, lr=0.1, least=1, max_tokens=100)
+    portal = make_portal(base, random=False)
+    fit(Job("a fit", settings, 0, tmp_path / "log.jsonl"), [base], portal.adapters, [portal_learner(portal, rows, settings)], rows)
+    out = capsys.readouterr().out
+    assert ("a fit: the held-out log_loss ends at" in out and "above the bare base's" in out) == says
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert f"|BAx|/|Wx| {log[0]['delta_ratio'][0]:.2g}" in out and log[0]["delta_ratio"][0] > 0
 
 
 def test_select_keeps_the_best_epoch():

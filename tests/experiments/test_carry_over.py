@@ -14,7 +14,7 @@ from toy import grid
 
 SMALL = dict(train=dict(n=8, epochs=1, batch_size=4, lr=1e-3), port=dict(n=8, epochs=1, batch_size=4, lr=1e-3),
              add=dict(n=8, epochs=1, batch_size=4, lr=1e-2), lora=dict(n=8, epochs=1, batch_size=4, lr=1e-3),
-             sizes=dict(d_z=8, hidden=16, d_c=12, gain=1.0), eval_rows=5)
+             sizes=dict(d_z=8, hidden=16, d_c=12), eval_rows=5)
 
 
 def test_no_held_out_task_is_in_training_and_all_its_parts_are():

@@ -96,7 +96,7 @@ def test_a_task_aside_and_its_controls(tmp_path, monkeypatch):
 
 
 def test_the_toys_epochs_are_those_of_the_tables(tmp_path, monkeypatch):
-    """Whatever the presets are: --epochs of every port and of the evals that fit LoRAs; none on other bases and in `main`."""
+    """Whatever the presets are: --epochs of the evals that fit LoRAs; none on other bases and in `main`."""
     def epochs(names, **changes):
         found = {}
         def run_step(steps, experiment, variant, name, *commands, how=None):
@@ -113,12 +113,12 @@ def test_the_toys_epochs_are_those_of_the_tables(tmp_path, monkeypatch):
         return found
     toy = epochs(paper.EXPERIMENTS)
     assert {m: e for (name, m), e in toy.items() if name == "sweep-seed0"} == {
-        "": "6", "base,lora,portal": "2", "lora_iso": "6"}
-    assert toy["aside-ports-seed0", ""] == "6" and toy["aside-seed0", "base,lora,portal"] == "2"
-    assert {e for (name, m), e in toy.items() if name.startswith(("sweep", "competition")) and not m} == {"6"}
+        "": None, "base,lora,portal": "2", "lora_iso": "6"}
+    assert toy["aside-seed0", "base,lora,portal"] == "2"
+    assert {e for (name, m), e in toy.items() if name.startswith(("sweep", "competition")) and not m} == {None}
     assert {e for (name, _), e in toy.items() if name.startswith("ablation")} == {"1"}
     assert {e for (name, _), e in toy.items() if name == "seed0"} == {None}
-    assert len(toy) == 2 + (4 + 2) + 2 + len(ABLATIONS) + len(PORT_ABLATIONS) + len(COMPETITION)
+    assert len(toy) == 2 + (4 + 2) + 1 + len(ABLATIONS) + len(PORT_ABLATIONS) + len(COMPETITION)
     real = epochs(["main", "sweep", "aside"], bases=["a"], to=["b"], aside=[tmp_path / "three"])
     assert set(real.values()) == {None} and len(real) == 2 + (4 + 2) + 1             # the aside's ports are main's
 

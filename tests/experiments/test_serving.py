@@ -136,6 +136,10 @@ def test_the_command(far, tmp_path, vllm, monkeypatch, capsys, wrong):
 
 
 def test_adapters_too_much_alike_are_refused(trained):
+    portal = load_portal(trained, ["base-a"])
+    for P_out in portal.converters["base-a"].P_out.values():
+        P_out.data.mul_(1e-4)
+    save_portal(trained, portal)
     with pytest.raises(BadInput, match="would not be noticed"):
         serving.our_scores(trained, "base-a", None, 2)
 

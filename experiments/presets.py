@@ -1,0 +1,128 @@
+"""Measures whether the presets' learning rates hold: on any base, from few rows to many.
+
+    python -m experiments.presets --bases models/a,models/b --data DIR --out results/presets
+
+A cell is one fit: "source", of a generator with nothing frozen on one base (source training and joint hypernet),
+"port", of a converter, or "latent", of one more task. It is fitted at the preset's rate and at a ninth, a third, three
+and nine times that, for three epochs, and its log-loss is measured after each on HELD rows a task that no fit of this
+table is trained on. A cell holds if, at the preset, no epoch after the first is above the bare base and the last is at
+most .1 above the best of the five rates. Ports and latents start from a source fitted on the first of --bases with
+SOURCE rows a task, latents from one of more tasks (MORE). What is in results.jsonl is not fitted again; presets.md is
+drawn from it.
+"""
+import copy, functools, itertools, pathlib, random, tempfile
+
+import pandas as pd
+import torch
+
+from bases import load_base
+from data import encode, load_tasks
+from port import port
+from portal import Config, Converter, Portal
+from runtime.files import ROOT, append_jsonl, read_jsonl, write_whole
+from runtime.flags import commas, parse, positive, run_main, some_of
+from runtime.job import Job
+from runtime.report import commit, hardware
+from score import evaluate
+from train import REAL, fit, portal_learner
+
+TASKS = {"toy": ["largest", "second"], "real": ["cb", "wsc", "arc_easy"]}
+MORE = {"toy": ["first", "last", "third", "smallest", "animal", "fruit"], "real": ["rte", "openbookqa", "winogrande"]}
+NEW = {"toy": "second_last", "real": "boolq"}                                        # the task that is added
+ROWS, FACTORS, HELD, SOURCE, EPOCHS = (8, 16, 64, 120, 500), (1, 1 / 3, 3, 1 / 9, 9), 20, 120, 3
+
+
+def rows_of(folder, tasks, n):
+    """{task: (at most n training rows, HELD others)}; the held-out rows are the same for every n."""
+    found = {}
+    for task, splits in load_tasks(folder, tasks).items():
+        rows = random.Random(task).sample(splits["train"], len(splits["train"]))
+        found[task] = rows[HELD:HELD + n], rows[:HELD]
+    return found
+
+
+def fresh(base, tasks):
+    """An untrained Portal at the default sizes with a converter for the base."""
+    torch.manual_seed(0)
+    portal = Portal(Config(tasks=list(tasks)))
+    portal.converters[base.name] = Converter(portal.cfg, base.groups_of(portal.cfg.modules))
+    return portal.to(base.device)
+
+
+def measure(kind, base, source, rows, lr):
+    """Fits one cell. Returns its Portal and the epochs' lines of its log. source: the Portal that a port or a latent
+    starts from."""
+    settings = {**(REAL["port"] if kind == "port" else REAL), "lr": lr, "epochs": EPOCHS}
+    portal = fresh(base, rows) if kind == "source" else copy.deepcopy(source)
+    with tempfile.TemporaryDirectory() as folder:
+        log = pathlib.Path(folder) / "log.jsonl"
+        job = Job(f"{kind}, {base.name}, lr {lr:.3g}", settings, 0, log)
+        if kind == "port":
+            port(job, portal, base, rows, settings)
+        else:
+            if kind == "latent":                                                     # as experiments/add_task.py does
+                portal.z = torch.nn.Parameter(portal.z.detach().mean(0, keepdim=True))
+                for module in (portal.core, *portal.converters.values()):
+                    module.requires_grad_(False)
+            fit(job, [base], portal.adapters, [portal_learner(portal, rows, settings)], rows)
+        return portal, read_jsonl(log)
+
+
+def table(cells):
+    """The cells as a Markdown table, a line a cell; log-losses by epoch at the preset's rate."""
+    lines = []
+    for (kind, base, tasks, n), own in pd.DataFrame(cells).groupby(["kind", "base", "tasks", "n"], sort=False):
+        own = own.drop_duplicates("factor", keep="last").sort_values("factor")
+        preset, ends = own[own["factor"] == 1], own["losses"].map(lambda losses: losses[-1])
+        if preset.empty:
+            continue
+        losses, bare, best = preset["losses"].iloc[0], preset["bare"].iloc[0], own["lr"][ends.idxmin()]
+        below, near = max(losses[1:]) <= bare, losses[-1] <= ends.min() + 0.1
+        lines.append(dict(zip(("fit", "base", "tasks", "n"), (kind, base, tasks, n))) | {
+            "bare": f"{bare:.2f}", "preset": f"{preset['lr'].iloc[0]:.3g}",
+            "by epoch": " ".join(f"{loss:.2f}" for loss in losses),
+            "all rates' last epoch": ", ".join(f"{lr:.2g}: {end:.2f}" for lr, end in zip(own["lr"], ends)),
+            "BAx / Wx": f"{preset['ratios'].iloc[0][-1]:.2g}", "never above bare": "yes" if below else "**no**",
+            "best - preset": "not measured" if len(own) < 5 else f"{ends.min() - losses[-1]:.2f}" if near else
+            f"**{ends.min() - losses[-1]:.2f}**"})
+    frame = pd.DataFrame(lines)
+    rows = [frame.columns, ["---"] * len(frame.columns), *frame.astype(str).to_numpy().tolist()]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def main(argv=None):
+    args = parse(__doc__, "bases data fits out n device dtype", argv, data=dict(help="folder of the tasks in TASKS"),
+                 out=dict(default=ROOT / "results/presets"),
+                 n=dict(type=commas(positive(int)), default=ROWS, metavar="N,N", help="training rows a task"),
+                 fits=dict(type=some_of(["source", "port", "latent"]), default=["source", "port", "latent"],
+                           metavar="A,B", help="some of source,port,latent (default: all)"))
+    path, folders = args.out / "results.jsonl", {"toy": ROOT / "toy/data", "real": args.data}
+    done = {(c["kind"], c["base"], c["tasks"], c["n"], c["factor"]) for c in read_jsonl(path)}
+    args.out.mkdir(parents=True, exist_ok=True)
+    loaded = functools.cache(lambda spec: load_base(spec, args.device, args.dtype))
+    @functools.cache
+    def source(tasks, kind):
+        rows = rows_of(folders[tasks], TASKS[tasks] + (MORE[tasks] if kind == "latent" else []), SOURCE)
+        return measure("source", loaded(args.bases[0]), None, rows, REAL["lr"])[0]
+
+    kinds = {spec: ("source", "port" if k else "latent") for k, spec in enumerate(args.bases)}
+    for tasks, n, factor, spec in itertools.product(TASKS, args.n, FACTORS, args.bases):
+        for kind in set(kinds[spec]) & set(args.fits) if folders[tasks] else ():
+            base = loaded(spec)
+            if (kind, base.name, tasks, n, factor) in done:
+                continue
+            names = [NEW[tasks]] if kind == "latent" else TASKS[tasks]
+            rows = rows_of(folders[tasks], names, n)
+            lr = factor * (REAL["port"] if kind == "port" else REAL)["lr"]
+            lines = measure(kind, base, None if kind == "source" else source(tasks, kind), rows, lr)[1]
+            held = encode(base.tokenizer, [row for _, own in rows.values() for row in own], names)[0]
+            bare = [cell["log_loss"] for cell in evaluate(base, None, held, REAL["max_tokens"]).values()]
+            append_jsonl(path, dict(
+                kind=kind, base=base.name, tasks=tasks, n=n, factor=factor, lr=lr, bare=sum(bare) / len(bare),
+                losses=[line["held_log_loss"] for line in lines], accs=[line["held_acc_norm"] for line in lines],
+                ratios=[line["delta_ratio"][0] for line in lines], hardware=hardware(), commit=commit()))
+            write_whole(args.out / "presets.md", lambda file: file.write_text(table(read_jsonl(path)) + "\n"))
+
+
+if __name__ == "__main__":
+    run_main(main)
