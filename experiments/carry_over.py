@@ -46,7 +46,7 @@ RECIPES = {"": {}, "noise .1": dict(noise=0.1), "noise .2": dict(noise=0.2), "de
 RECIPE, CHOICE = "noise .1", 32
 SWEEP = [(T, RECIPE) for T in (80, 64, 32, 16, 8)] + [(80, "")] + [(CHOICE, r) for r in RECIPES if r != RECIPE]
 
-SETTINGS = dict(train=dict(n=160, epochs=5, batch_size=2, lr=0.3), port=dict(n=160, epochs=6, batch_size=2, lr=1.0),
+SETTINGS = dict(train=dict(n=160, epochs=5, batch_size=2, lr=0.3), port=dict(n=160, epochs=6, batch_size=2, lr=1.5),
                 add=dict(n=200, epochs=5, batch_size=4, lr=0.08), lora=dict(n=200, epochs=2, batch_size=8, lr=3e-3),
                 sizes=TOY["sizes"], eval_rows=100)
 MAX_TOKENS = 8192
