@@ -1,13 +1,13 @@
 """Measures whether the presets' learning rates hold: on any base, from few rows to many.
 
-    python -m experiments.presets --bases models/a,models/b --data DIR --out results/presets
+    python -m experiments.presets --bases models/a,models/b --data DIR    # writes results/presets.md
 
 A cell is one fit: "source", of a generator with nothing frozen on one base (source training and joint hypernet),
 "port", of a converter, or "latent", of one more task. It is fitted at the preset's rate and at a ninth, a third, three
 and nine times that, for three epochs, and its log-loss is measured after each on HELD rows a task that no fit of this
 table is trained on. A cell holds if, at the preset, no epoch after the first is above the bare base and the last is at
 most .1 above the best of the five rates. Ports and latents start from a source fitted on the first of --bases with
-SOURCE rows a task, latents from one of more tasks (MORE). What is in results.jsonl is not fitted again; presets.md is
+SOURCE rows a task, latents from one of more tasks (MORE). What is in presets.jsonl is not fitted again; the table is
 drawn from it.
 """
 import copy, functools, itertools, pathlib, random, tempfile
@@ -87,41 +87,47 @@ def table(cells):
             f"**{ends.min() - losses[-1]:.2f}**"})
     frame = pd.DataFrame(lines)
     rows = [frame.columns, ["---"] * len(frame.columns), *frame.astype(str).to_numpy().tolist()]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    commits, machines = (", ".join(dict.fromkeys(c[key] for c in cells)) for key in ("commit", "hardware"))
+    return "\n".join([
+        "# Whether the presets' learning rates hold", "",
+        "Held-out log-loss after each of three epochs at the preset's rate, after the last at all rates, and |BAx| /",
+        "|Wx| at the end (experiments/presets.py). A cell with fewer than five rates is not done yet.", "",
+        f"`python -m experiments.presets`, one seed, {machines}, commit {commits}.", "",
+        *("| " + " | ".join(row) + " |" for row in rows), ""])
+
+
+def cell(kind, base, source, rows, factor):
+    """Fits one cell and returns its line of presets.jsonl."""
+    lr = factor * (REAL["port"] if kind == "port" else REAL)["lr"]
+    lines = measure(kind, base, source, rows, lr)[1]
+    held = encode(base.tokenizer, [row for _, own in rows.values() for row in own], list(rows))[0]
+    bare = [own["log_loss"] for own in evaluate(base, None, held, REAL["max_tokens"]).values()]
+    return dict(kind=kind, base=base.name, factor=factor, lr=lr, bare=sum(bare) / len(bare),
+                losses=[line["held_log_loss"] for line in lines], accs=[line["held_acc_norm"] for line in lines],
+                ratios=[line["delta_ratio"][0] for line in lines], hardware=hardware(), commit=commit())
 
 
 def main(argv=None):
-    args = parse(__doc__, "bases data fits out n device dtype", argv, data=dict(help="folder of the tasks in TASKS"),
-                 out=dict(default=ROOT / "results/presets"),
-                 n=dict(type=commas(positive(int)), default=ROWS, metavar="N,N", help="training rows a task"),
-                 fits=dict(type=some_of(["source", "port", "latent"]), default=["source", "port", "latent"],
-                           metavar="A,B", help="some of source,port,latent (default: all)"))
-    path, folders = args.out / "results.jsonl", {"toy": ROOT / "toy/data", "real": args.data}
+    args = parse(__doc__, "bases data out n device dtype", argv, data=dict(help="folder of the tasks in TASKS"),
+                 out=dict(default=ROOT / "results"),
+                 n=dict(type=commas(positive(int)), default=ROWS, metavar="N,N", help="training rows a task"))
+    path, folders = args.out / "presets.jsonl", {"toy": ROOT / "toy/data", "real": args.data}
     done = {(c["kind"], c["base"], c["tasks"], c["n"], c["factor"]) for c in read_jsonl(path)}
-    args.out.mkdir(parents=True, exist_ok=True)
     loaded = functools.cache(lambda spec: load_base(spec, args.device, args.dtype))
     @functools.cache
     def source(tasks, kind):
+        if kind == "source":
+            return None
         rows = rows_of(folders[tasks], TASKS[tasks] + (MORE[tasks] if kind == "latent" else []), SOURCE)
         return measure("source", loaded(args.bases[0]), None, rows, REAL["lr"])[0]
 
-    kinds = {spec: ("source", "port" if k else "latent") for k, spec in enumerate(args.bases)}
     for tasks, n, factor, spec in itertools.product(TASKS, args.n, FACTORS, args.bases):
-        for kind in set(kinds[spec]) & set(args.fits) if folders[tasks] else ():
-            base = loaded(spec)
-            if (kind, base.name, tasks, n, factor) in done:
-                continue
-            names = [NEW[tasks]] if kind == "latent" else TASKS[tasks]
-            rows = rows_of(folders[tasks], names, n)
-            lr = factor * (REAL["port"] if kind == "port" else REAL)["lr"]
-            lines = measure(kind, base, None if kind == "source" else source(tasks, kind), rows, lr)[1]
-            held = encode(base.tokenizer, [row for _, own in rows.values() for row in own], names)[0]
-            bare = [cell["log_loss"] for cell in evaluate(base, None, held, REAL["max_tokens"]).values()]
-            append_jsonl(path, dict(
-                kind=kind, base=base.name, tasks=tasks, n=n, factor=factor, lr=lr, bare=sum(bare) / len(bare),
-                losses=[line["held_log_loss"] for line in lines], accs=[line["held_acc_norm"] for line in lines],
-                ratios=[line["delta_ratio"][0] for line in lines], hardware=hardware(), commit=commit()))
-            write_whole(args.out / "presets.md", lambda file: file.write_text(table(read_jsonl(path)) + "\n"))
+        for kind in ("source", "port" if spec != args.bases[0] else "latent") if folders[tasks] else ():
+            if (kind, loaded(spec).name, tasks, n, factor) not in done:
+                rows = rows_of(folders[tasks], [NEW[tasks]] if kind == "latent" else TASKS[tasks], n)
+                line = cell(kind, loaded(spec), source(tasks, kind), rows, factor)
+                append_jsonl(path, dict(line, tasks=tasks, n=n))
+                write_whole(args.out / "presets.md", lambda file: file.write_text(table(read_jsonl(path))))
 
 
 if __name__ == "__main__":

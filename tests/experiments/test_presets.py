@@ -1,0 +1,53 @@
+"""experiments/presets.py on a tiny base: which rows and parameters a cell uses, and what the table calls a cell that fails."""
+import json
+
+import torch
+from conftest import tiny_base
+
+from experiments import presets
+
+
+def write(folder, n):
+    """A task of n training rows, no two alike."""
+    (folder / "one").mkdir()
+    rows = [dict(task="one", prompt=f"w{i % 50} w{i // 50}", choices=[" w1", " w2 w3"], gold_idx=i % 2) for i in range(n)]
+    for split, own in (("train", rows), ("eval", rows[:2])):
+        (folder / "one" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+
+
+def test_held_out_rows_are_the_same_for_every_n_and_never_trained_on(tmp_path):
+    write(tmp_path, 60)
+    few, many = (presets.rows_of(tmp_path, ["one"], n)["one"] for n in (8, 999))
+    assert few[1] == many[1] and len(few[1]) == presets.HELD and (len(few[0]), len(many[0])) == (8, 60 - presets.HELD)
+    assert few[0] == many[0][:8] and not {row.prompt for row in many[0]} & {row.prompt for row in many[1]}
+
+
+def test_a_port_and_a_latent_leave_the_rest_as_it_is(tmp_path):
+    write(tmp_path, 40)
+    base, other = tiny_base(), tiny_base("llama", name="other")
+    rows = presets.rows_of(tmp_path, ["one"], 8)
+    source, _ = presets.measure("source", base, None, rows, 0.03)
+    assert source.core.head_B["q"].weight.any()
+    port, lines = presets.measure("port", other, source, rows, 0.3)
+    assert len(lines) == presets.EPOCHS and list(port.converters) == ["other"]
+    latent, _ = presets.measure("latent", base, source, rows, 0.03)
+    assert not torch.equal(latent.z, source.z) and torch.equal(port.z, source.z)
+    for portal in (port, latent):
+        assert all(torch.equal(p, q) for p, q in zip(portal.core.parameters(), source.core.parameters(), strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(latent.converters["tiny"].parameters(), source.converters["tiny"].parameters()))
+    line = presets.cell("source", base, None, rows, 1 / 3)
+    assert abs(line["lr"] - 0.01) < 1e-9 and len(line["losses"]) == len(line["ratios"]) == presets.EPOCHS and line["bare"] > 0
+
+
+def test_the_table_marks_what_does_not_hold():
+    def cells(n, losses, ends):
+        line = dict(kind="port", base="b", tasks="toy", n=n, bare=3.0, ratios=[0.1] * 3, accs=[1.0] * 3, commit="c", hardware="h")
+        return [dict(line, factor=f, lr=0.3 * f, losses=losses if f == 1 else [9.0, 9.0, end])
+                for f, end in zip((1 / 9, 1 / 3, 1, 3, 9), ends)]
+    good = cells(8, [4.0, 2.0, 1.0], [2.0, 1.5, None, 0.95, 5.0])
+    above, far = cells(16, [1.0, 3.1, 1.0], [2.0] * 5), cells(64, [1.0, 1.0, 1.0], [2.0, 2.0, None, 0.8, 5.0])
+    lines = presets.table([*good, *above, *far, *good[:3][::-1]]).splitlines()[-3:]
+    ends = [line.split(" | ")[-2:] for line in lines]
+    assert ends == [["yes", "-0.05 |"], ["**no**", "0.00 |"], ["yes", "**-0.20** |"]]
+    assert "0.033: 2.00, 0.1: 1.50, 0.3: 1.00, 0.9: 0.95, 2.7: 5.00" in lines[0]
+    assert "not measured" in presets.table(good[2:]).splitlines()[-1]
