@@ -49,7 +49,7 @@ def merged(key, tensor, change, dtype):
     new = tensor.to(dtype) if tensor.is_floating_point() else tensor
     if change:
         W, delta = (x.cpu() for x in change())
-        if tensor.shape != W.shape or not torch.equal(tensor.to(W.dtype), W):
+        if not torch.equal(tensor.to(W.dtype), W):
             raise BadInput(f"--merge: {key} in the base's files is not the weight that transformers loads under that "
                            "name; without --merge an adapter is written")
         new = (tensor.to(delta.dtype) + delta).to(dtype)                             # add in float32, then round once

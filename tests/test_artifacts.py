@@ -1,7 +1,7 @@
 """portallib artifacts both ways, against the portallib package itself: same weights in, same LoRA factors out."""
-import json
+import hashlib, json, pathlib, shutil
 
-import pytest, torch
+import filelock, pytest, torch
 from conftest import command, fingerprint, in_hub_cache, one_line, save_tiny, tiny_model
 from safetensors.torch import load_file, save_file
 from test_export import TASKS, make_run
@@ -13,7 +13,7 @@ from bases import load_base
 from eval import adapters_of
 from portal import MODULES
 from runtime import artifact, run_folder
-from runtime.files import read_json, write_json
+from runtime.files import BadInput, read_json, write_json
 from runtime.run_folder import load_portal
 
 portallib = pytest.importorskip("portallib")
@@ -130,7 +130,7 @@ def test_a_published_artifact_is_ported_by_its_hub_id(world, hub_cache, monkeypa
     assert_same_factors(run, "base-a", world / "base-a", model)
     p = read_json(run / "converters" / "base-b.json")
     assert (p["ported"], p["n"], p["seed"], p["data"]) == (True, 4, 0, str(world / "data"))
-    assert command(evaluation, "--run", "Org/portal-base-a", "--bases", "base-b", "--methods", "base,portal") == 0
+    assert command(evaluation, "--run", "Org/portal-base-a@main", "--bases", "base-b", "--methods", "base,portal") == 0
     capsys.readouterr()
     assert command(port, "--run", "Org/missing", *flags) == 2
     one_line(capsys, ["Org/missing is no folder, and could not be loaded from the hub"])
@@ -211,6 +211,76 @@ def test_the_command_that_reads_an_artifact_may_then_lock_the_run(world):
     with run_folder.LOCKS:
         export.import_artifact(world / "A", world / "R")
         run_folder.lock(world / "R")
+
+
+def test_an_artifact_in_the_working_folder_has_that_folders_name(world, monkeypatch):
+    save_artifact(world / "A", world / "base-a", "qwen3", ("q", "v"))
+    monkeypatch.chdir(world / "A")
+    assert export.run_of(pathlib.Path(".")) == pathlib.Path("out", "A")
+    assert (world / "A" / "out" / "A" / "converters" / "base-a.json").exists()
+
+
+def test_what_is_recorded_of_an_artifact(world, capsys):
+    """Its base with what is known of the fit; a seed or data folder that the run has already stays the run's."""
+    a = save_artifact(world / "A", world / "base-a", "qwen3", ("q", "v"))
+    save_artifact(world / "C", world / "base-c", "gemma3", ("q", "v"), shared=a)
+    change(world / "C", lambda config: config.update(base_model_revision="f" * 40))
+    shutil.copytree(world / "data", world / "other")
+    data = str(world / "other")
+    def record(name, folder, **known):
+        path = world / folder / "model.safetensors"
+        fit = dict(revision=None, ported=False, n=None, seed=None, data=None, date=None)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        return {**fit, "base": name, "id": str(world / name), "artifact": digest, **known}
+    def recorded():
+        saved = read_json(world / "R" / "portal.json")
+        assert saved.keys() == {"config", "bases", "seed", "data", "trained"} and saved["trained"] == trained
+        return saved["bases"], saved["seed"], saved["data"]
+    first = record("base-a", "A")
+    export.import_artifact(world / "A", world / "R")
+    trained = read_json(world / "R" / "portal.json")["trained"]
+    assert recorded() == ([first], None, None) and read_json(world / "R" / "converters" / "base-a.json") == first
+    fit = ["--n", "8", "--seed", "3", "--data", "other"]
+    assert command(export, "--artifact", "C", "--run", "R", "--ported", *fit) == 0
+    second = record("base-c", "C", revision="f" * 40, ported=True, n=8, seed=3, data=data)
+    assert recorded() == ([first], 3, data) and read_json(world / "R" / "converters" / "base-c.json") == second
+    again = ["--artifact", "A", "--run", "R", "--overwrite", "--seed", "0", "--data", "data"]
+    assert command(export, *again) == 0
+    third = record("base-a", "A", seed=0, data=str(world / "data"))
+    assert recorded() == ([third], 3, data) and read_json(world / "R" / "converters" / "base-a.json") == third
+    before = fingerprint(world / "R")
+    shutil.rmtree(world / "other" / "three")
+    capsys.readouterr()
+    assert command(export, *again[:-1], "other") == 2
+    one_line(capsys, ["unknown task 'three'", "other holds one, two"])
+    with pytest.raises(BadInput, match="R already holds base-a; --overwrite"):
+        export.import_artifact(world / "A", world / "R")
+    with filelock.FileLock(world / ".R.lock"), pytest.raises(BadInput, match="R: process .* is writing into it"):
+        export.import_artifact(world / "A", world / "R", overwrite=True)
+    change(world / "A", lambda config: config.update(tasks=["one", "two", "four"]))  # the same numbers for other tasks
+    with pytest.raises(BadInput, match="R has other tasks, sizes, latents or core than .*A;"):
+        export.import_artifact(world / "A", world / "R", overwrite=True)
+    assert fingerprint(world / "R") == before
+
+
+def test_the_last_epochs_converter_is_replaced_too(world, monkeypatch):
+    """final/ holds another converter where train.py selected an earlier epoch; killed midway, a run lacks the base."""
+    save_artifact(world / "A", world / "base-a", "qwen3", ("q", "v"))
+    assert command(export, "--artifact", "A", "--run", "R") == 0
+    for P in (portal := load_portal(world / "R", ["base-a"])).converters["base-a"].parameters():
+        P.data += 1
+    run_folder.save_converter(world / "R", portal, "base-a", "base-a", final=True)
+    run_folder.save_converter(world / "R", portal, "base-a", "base-c", final=True)
+    assert command(export, "--artifact", "A", "--run", "R", "--overwrite") == 0
+    one, two = (load_portal(world / "R", ["base-a"], final).converters["base-a"].state_dict()
+                for final in (False, True))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    assert [p.name for p in (world / "R" / "final" / "converters").iterdir()] == ["base-c.safetensors"]
+    def killed(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(export, "save_converter", killed)
+    assert command(export, "--artifact", "A", "--run", "R", "--overwrite") == 130
+    assert run_folder.provenances(world / "R") == {}
 
 
 def change(folder, config=None, tensors=None, metadata=None):

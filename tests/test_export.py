@@ -121,10 +121,18 @@ def test_any_methods_adapters_leave(tmp_path):
 
 
 COMMIT = "a" * 40
+
+
+def named_expert(base):
+    base.model.register_parameter("expert_bias", torch.nn.Parameter(torch.zeros(2, 2)))
+    return base
+
+
 BASES = {
     "experts": lambda: base_of("Qwen2MoeForCausalLM", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
                                num_hidden_layers=2, shared_expert_intermediate_size=16),
     "fused": lambda: base_of("Phi3ForCausalLM", pad_token_id=0, num_hidden_layers=2), "convolutions": hybrid,
+    "a mere name": lambda: named_expert(base_of("Qwen3ForCausalLM")),
     "conv1d": lambda: base_of("GPT2LMHeadModel", config="GPT2Config", n_embd=24, n_layer=2, n_head=4, head_dim=6)}
 
 
@@ -137,6 +145,7 @@ BASES = {
                             rank_pattern={f"model.layers.{k}.self_attn.qkv_proj": 8 for k in range(2)},
                             alpha_pattern={f"model.layers.{k}.self_attn.qkv_proj": 16 for k in range(2)})),
     ("convolutions", "q gate", dict(target_modules=["gate_proj", "q_proj"])),         # [channels, 1, 4]: no experts
+    ("a mere name", "gate", dict(target_modules=["gate_proj"])),
     ("conv1d", "up down", dict(fan_in_fan_out=True, target_modules=[
         f"transformer.h.{k}.mlp.{m}" for m in ("c_fc", "c_proj") for k in range(3)]))])
 @torch.no_grad()
@@ -174,6 +183,8 @@ def test_an_adapters_file_has_the_names_that_peft_reads(monkeypatch):
     assert names([("attn.", "self_attn.")], [("old.", "attn.")]) == "model.layers.0.attn.q_proj"
     with pytest.raises(BadInput, match=f"PEFT cannot read an adapter of {path}, which it renames; --merge"):
         names([("attn.", "self_attn."), ("self_attn.", "attention.")])
+    with pytest.raises(BadInput, match=f"PEFT cannot read an adapter of {path}, which it renames"):
+        names([("attn.", "self_attn.")], [("attn.q_proj", "attn.query")])
 
 
 def test_the_card_in_full(tmp_path):
@@ -223,11 +234,13 @@ model = PeftModel.from_pretrained(AutoX.from_pretrained('Org/X', revision='{COMM
     card = export.card(run, p, "lora", ["two"], "peft", "AutoX", torch.float32)
     assert f"from_pretrained('{tmp_path}', gguf_file='X.gguf')" in card and f"| base | {tmp_path}/X.gguf |" in card
     assert "learned later" not in card and "| seen in training | yes |" in card
+    card = export.card(run, p, "portal", ["one"], "peft", "AutoX", torch.float32)
+    assert "| seed | 2 |" in card and "| acc_norm of one | not measured |" in card   # another seed's results
     card = export.card(run, p, "lora", ["two"], "transformers", "AutoX", torch.bfloat16)
     assert 'AutoX.from_pretrained("this folder", dtype="bfloat16")' in card
 
 
-def test_a_folder_beside_a_gguf_file_is_free_and_the_file_is_not(tmp_path):
+def test_a_folder_beside_a_gguf_file_is_free_and_the_file_is_not(tmp_path, monkeypatch):
     (tmp_path / "models").mkdir()
     source = source_of(str(tmp_path / "models" / "x.gguf"))
     export.check_free(tmp_path / "models" / "out", False, source)
@@ -235,9 +248,13 @@ def test_a_folder_beside_a_gguf_file_is_free_and_the_file_is_not(tmp_path):
     for path in (tmp_path, tmp_path / "models" / "x.gguf", tmp_path / "models" / "x.gguf" / "new"):
         with pytest.raises(BadInput, match="is, holds or lies in the base, .*/models/x.gguf"):
             export.check_free(path, True, source)
-    export.check_free(tmp_path, True, source_of("Org/X"))
+    monkeypatch.chdir(tmp_path)
+    export.check_free(tmp_path, True, source_of("Org/X"))                            # no folder here
     with pytest.raises(BadInput, match="already holds an export; --overwrite replaces it"):
         export.check_free(tmp_path, False, source_of("Org/X"))
+    (tmp_path / "README.md").write_text("another's")
+    with pytest.raises(BadInput, match="is neither empty nor a folder that an export wrote"):
+        export.check_free(tmp_path, True, source_of("Org/X"))
 
 
 def test_each_form_of_export_is_written_from_its_base(tmp_path, monkeypatch, capsys):
@@ -282,7 +299,11 @@ def test_adapters_of_another_fit_or_of_fewer_tasks_are_refused(tmp_path, capsys)
             refused([f"its {method} adapters of tiny are older than its task 'three'"], method, "--task", task)
         write_json(run / "baselines" / method / "tiny.json", {**p, "n": 4})
     refused(["lora adapters of tiny were not fitted on the base and rows"], "lora", "--task", "two")
+    fit = run / "converters" / "tiny.json"
+    write_json(fit, {**p, "fingerprint": {"weights": "0" * 8}})                      # of other weights
+    refused(["base tiny: weights in", "--allow-changed-base"], "cross_lora", "--task", "two")
     assert command(export, *argv, "lora", "--task", "two", "--allow-changed-base") == 0
+    write_json(fit, p)
     assert command(export, *argv, "cross_lora", "--task", "two") == 0                # made of its source's, not fitted
 
 

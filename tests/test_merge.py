@@ -14,9 +14,9 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2L
 from transformers.core_model_loading import Chunk, Concatenate, WeightConverter, WeightRenaming
 
 import export
-from bases import load_base, resolve
+from bases import Base, load_base, resolve
 from eval import adapters_of
-from merge import copy_rest, loaded_as, merged, save_converted, save_merged
+from merge import changes_of, copy_rest, loaded_as, merged, save_converted, save_merged
 from runtime.files import BadInput
 
 
@@ -258,10 +258,10 @@ def test_the_index_of_the_merged_shards_is_copied_with_their_size(tmp_path, caps
     index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}, **({"metadata": metadata} if metadata else {})}
     for name, value in {"model.safetensors.index.json": index, "other.safetensors.INDEX.JSON": {"weight_map": {"x": "c.safetensors"}}}.items():
         (base / name).write_text(json.dumps(value, indent=5))
-    for name in (*files, "MODEL.BIN", "README.md", "notes.md"):
+    for name in (*files, "MODEL.BIN", "README.md", "notes.md", "notes.index.json"):
         (base / name).write_text(name)
     copy_rest(base, out, files, 8, after)
-    assert {p.name for p in out.iterdir()} == {"model.safetensors.index.json", "notes.md"}
+    assert {p.name for p in out.iterdir()} == {"model.safetensors.index.json", "notes.md", "notes.index.json"}
     text = (out / "model.safetensors.index.json").read_text()
     if metadata and "total_size" in metadata and after != 8:
         assert json.loads(text) == {**index, "metadata": {"total_size": 16}}
@@ -291,6 +291,25 @@ def test_weights_without_the_models_prefix_keep_their_names(tmp_path):
     before, after, added = merge(tmp_path, tiny_model(), change=strip)
     assert "layers.0.self_attn.q_proj.weight" in before
     assert_merged(before, after, added, {path: path.removeprefix("model.") for path in added})
+
+
+def test_layers_that_share_a_module_have_one_weight_under_either_name():
+    model = tiny_model()
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    base = Base(model, tiny_tokenizer())
+    adapters = random_adapters(base, modules=["gate"])
+    paths = [f"model.layers.{k}.mlp.gate_proj" for k in range(3)]
+    want = {path: 2.0 * B[1] @ A[1] for path, (A, B) in base.factors(adapters).items()}
+    assert list(want) == [paths[0], paths[2]]
+    base.unpatch()
+    for held in (paths[0], paths[1]):
+        names = {f"{path}.weight": (f"{path}.weight", None) for path in (held, paths[2])}
+        changes = changes_of(base, adapters, 1, names, "x")
+        assert changes.keys() == names.keys()
+        for key, path in ((f"{held}.weight", paths[0]), (f"{paths[2]}.weight", paths[2])):
+            W, delta = changes[key]()
+            assert W is base.linears[path].weight
+            torch.testing.assert_close(delta, want[path])
 
 
 def test_a_name_that_the_model_has_is_not_renamed_to_one_that_it_lacks(tmp_path):
