@@ -34,14 +34,20 @@ def start():
 
 
 def stop():
-    """Leaves the process group when every process has come here, and ends this one if there are several: torch's
-    threads may outlive an interpreter that ends as usual, which then aborts ("terminate called ...")."""
+    """Leaves the process group when every process has come here, and ends this one if there are several."""
     barrier()
     if WORLD > 1:
         torch.distributed.destroy_process_group()
+    leave(0)
+
+
+def leave(code):
+    """Ends this process at once with an exit code if there are several: torch's threads may outlive an interpreter that
+    ends as usual, which then aborts ("terminate called ...")."""
+    if WORLD > 1:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(code)
 
 
 def claim_failure():

@@ -34,6 +34,7 @@ def fail(message, code=2):
     """Ends this process with an exit code; the first of several to fail prints the message, as one line."""
     if distributed.claim_failure():
         print(" ".join(message.split()), file=sys.stderr)
+    distributed.leave(code)
     raise SystemExit(code)
 
 
