@@ -9,7 +9,7 @@
 Artifacts that were trained together, or refitted from one another, share latents and core bit for bit and so become one
 run. What rows and seed one was fitted with it does not say: --data, --n and --seed record them, else they are null.
 """
-import dataclasses, json, pathlib
+import json, pathlib
 
 import torch
 from torch.nn.utils import parameters_to_vector
