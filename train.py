@@ -197,24 +197,25 @@ def fit(job, bases, generate, learners, rows, weigh=None, step=one_round):
                 job.record(losses, batch)
             for learner in learners:
                 learner.optimizer.zero_grad()                                        # frees memory for the evaluation
-            scores = held_out_scores(bases, generate, source, job.max_tokens)
-            job.record_scores(scores, delta_ratios(bases, generate, source))
+            with torch.no_grad():
+                adapters = {base.name: generate(base.name) for base in bases}
+            scores = held_out_scores(bases, adapters, source, job.max_tokens)
+            job.record_scores(scores, delta_ratios(bases, adapters, source))
             for learner in learners:
                 learner.keep_best(epoch, scores)
-        job.compare(lambda: held_out_scores(bases, lambda name: None, source, job.max_tokens))
+        job.compare(lambda: held_out_scores(bases, {}, source, job.max_tokens))
 
 
-@torch.no_grad()
-def held_out_scores(bases, generate, source, max_tokens):
-    """{(base name, task): (acc_norm, -log_loss)} on the rows held out of train."""
+def held_out_scores(bases, adapters, source, max_tokens):
+    """{(base name, task): (acc_norm, -log_loss)} on the rows held out of train. adapters {base name: Adapters}; without
+    them, the bare base's."""
     return {(base.name, source.tasks[t]): (cell["acc_norm"], -cell["log_loss"]) for base in bases
-            for t, cell in evaluate(base, generate(base.name), source.held[base.name], max_tokens).items()}
+            for t, cell in evaluate(base, adapters.get(base.name), source.held[base.name], max_tokens).items()}
 
 
-@torch.no_grad()
-def delta_ratios(bases, generate, source):
+def delta_ratios(bases, adapters, source):
     """Returns score.delta_ratio of each base, on the first training row of every task."""
-    return [delta_ratio(base, generate(base.name), [source.cycles[base.name, task].items[0] for task in source.tasks])
+    return [delta_ratio(base, adapters[base.name], [source.cycles[base.name, task].items[0] for task in source.tasks])
             for base in bases]
 
 
@@ -259,17 +260,16 @@ def main(argv=None, sizes={}, change=lambda portal: None, weigh=None, step=one_r
     specs = args.bases or TOY_SEEN
     names = short_names(specs)
     default = preset(names)
-    n, seed = args.n or default["n"], args.seed or 0
+    settings, seed = resolve_settings(args, default, args.norm), args.seed or 0
     data = args.data or ROOT / ("toy/data" if default is TOY else "data")
     run = args.run or OUT / ("toy" if args.bases is None else "+".join(names))
     found = load_tasks(data, args.tasks)
-    print_fewer(found, n)
-    rows = {task: sample(splits["train"], n, seed) for task, splits in found.items()}
+    print_fewer(found, settings["n"])
+    rows = {task: sample(splits["train"], settings["n"], seed) for task, splits in found.items()}
     cfg = Config(tasks=list(rows), **{**default["sizes"], **sizes})
     cfg.modules, cfg.norm = args.modules or cfg.modules, args.norm or cfg.norm
     cfg.rank, cfg.alpha = args.rank or cfg.rank, 2 * (args.rank or cfg.rank)
     lock_for_training(run, cfg, args)
-    settings = resolve_settings(args, default, cfg.norm)
     bases = [load_base(spec, args.device, args.dtype, args.recompute, args.device_map, args.quantize) for spec in specs]
 
     torch.manual_seed(seed)
@@ -285,7 +285,7 @@ def main(argv=None, sizes={}, change=lambda portal: None, weigh=None, step=one_r
     fit(job, bases, portal.adapters, [learner], rows, weigh, step)
     if args.dry_run:
         return
-    fitted = dict(n=n, seed=seed, data=str(data.resolve()), rows=digests_of(rows),
+    fitted = dict(n=settings["n"], seed=seed, data=str(data.resolve()), rows=digests_of(rows),
                   epochs=settings["epochs"], epoch_selected=learner.epoch, seconds=round(job.seconds, 1), date=today())
     save_run(run, portal, learner, bases, settings, fitted)
     print(f"epoch {learner.epoch} of {settings['epochs']} selected on held-out rows; saved to {run}")

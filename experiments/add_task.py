@@ -35,6 +35,14 @@ def bases_for(args, run, saved, cfg):
     return {name: held[name] for name in names}
 
 
+def new_latent(portal, trained):
+    """Gives the portal one latent, the mean of `trained` [T, d_z], and freezes everything else. Returns the frozen
+    parameters."""
+    portal.z = torch.nn.Parameter(trained.detach().mean(0, keepdim=True))            # [1, d_z]
+    modules = portal.core, *portal.converters.values()
+    return [p.requires_grad_(False) for module in modules for p in module.parameters()]
+
+
 def add_task(args):
     """Learns the task in the folder args.add_task and adds it to the run. args: train.py's flags. Raises BadInput."""
     run = find_run(args.run)
@@ -48,10 +56,7 @@ def add_task(args):
              for p in fitted_on.values()]
 
     portal = load_portal(run, fitted_on).to(args.device)
-    trained = portal.z[:len(cfg.tasks) - len(added)].detach()                        # [T before any was added, d_z]
-    portal.z = torch.nn.Parameter(trained.mean(0, keepdim=True))                     # [1, d_z]
-    modules = portal.core, *portal.converters.values()
-    frozen = [p.requires_grad_(False) for module in modules for p in module.parameters()]
+    frozen = new_latent(portal, portal.z[:len(cfg.tasks) - len(added)])              # without the tasks added before
     before = [p.clone() for p in frozen]
     learner, state = portal_learner(portal, rows, settings), run / ".resume" / f"add-{task}.safetensors"
     if not args.dry_run:

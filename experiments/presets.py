@@ -16,14 +16,15 @@ import pandas as pd
 import torch
 
 from bases import load_base
-from data import encode, load_tasks
+from data import load_tasks
+from experiments.add_task import new_latent
+from experiments.cells import markdown
 from port import port
 from portal import Config, Converter, Portal
 from runtime.files import ROOT, append_jsonl, read_jsonl, write_whole
 from runtime.flags import commas, parse, positive, run_main, some_of
 from runtime.job import Job
 from runtime.report import commit, hardware
-from score import evaluate
 from train import REAL, fit, portal_learner
 
 TASKS = {"toy": ["largest", "second"], "real": ["cb", "wsc", "arc_easy"]}
@@ -50,8 +51,8 @@ def fresh(base, tasks):
 
 
 def measure(kind, base, source, rows, lr):
-    """Fits one cell. Returns its Portal and the epochs' lines of its log. source: the Portal that a port or a latent
-    starts from."""
+    """Fits one cell. Returns its Portal, the epochs' lines of its log and the bare base's held-out log-loss. source:
+    the Portal that a port or a latent starts from."""
     settings = {**(REAL["port"] if kind == "port" else REAL), "lr": lr, "epochs": EPOCHS}
     portal = fresh(base, rows) if kind == "source" else copy.deepcopy(source)
     with tempfile.TemporaryDirectory() as folder:
@@ -60,12 +61,10 @@ def measure(kind, base, source, rows, lr):
         if kind == "port":
             port(job, portal, base, rows, settings)
         else:
-            if kind == "latent":                                                     # as experiments/add_task.py does
-                portal.z = torch.nn.Parameter(portal.z.detach().mean(0, keepdim=True))
-                for module in (portal.core, *portal.converters.values()):
-                    module.requires_grad_(False)
+            if kind == "latent":
+                new_latent(portal, portal.z)
             fit(job, [base], portal.adapters, [portal_learner(portal, rows, settings)], rows)
-        return portal, read_jsonl(log)
+        return portal, read_jsonl(log), job.bare
 
 
 def table(cells):
@@ -76,7 +75,7 @@ def table(cells):
         preset, ends = own[own["factor"] == 1], own["losses"].map(lambda losses: losses[-1])
         if preset.empty:
             continue
-        losses, bare, best = preset["losses"].iloc[0], preset["bare"].iloc[0], own["lr"][ends.idxmin()]
+        losses, bare = preset["losses"].iloc[0], preset["bare"].iloc[0]
         below, near = max(losses[1:]) <= bare, losses[-1] <= ends.min() + 0.1
         lines.append(dict(zip(("fit", "base", "tasks", "n"), (kind, base, tasks, n))) | {
             "bare": f"{bare:.2f}", "preset": f"{preset['lr'].iloc[0]:.3g}",
@@ -85,24 +84,20 @@ def table(cells):
             "BAx / Wx": f"{preset['ratios'].iloc[0][-1]:.2g}", "never above bare": "yes" if below else "**no**",
             "best - preset": "not measured" if len(own) < 5 else f"{ends.min() - losses[-1]:.2f}" if near else
             f"**{ends.min() - losses[-1]:.2f}**"})
-    frame = pd.DataFrame(lines)
-    rows = [frame.columns, ["---"] * len(frame.columns), *frame.astype(str).to_numpy().tolist()]
     commits, machines = (", ".join(dict.fromkeys(c[key] for c in cells)) for key in ("commit", "hardware"))
     return "\n".join([
         "# Whether the presets' learning rates hold", "",
         "Held-out log-loss after each of three epochs at the preset's rate, after the last at all rates, and |BAx| /",
         "|Wx| at the end (experiments/presets.py). A cell with fewer than five rates is not done yet.", "",
         f"`python -m experiments.presets`, one seed, {machines}, commit {commits}.", "",
-        *("| " + " | ".join(row) + " |" for row in rows), ""])
+        *markdown(lines), ""])
 
 
 def cell(kind, base, source, rows, factor):
     """Fits one cell and returns its line of presets.jsonl."""
     lr = factor * (REAL["port"] if kind == "port" else REAL)["lr"]
-    lines = measure(kind, base, source, rows, lr)[1]
-    held = encode(base.tokenizer, [row for _, own in rows.values() for row in own], list(rows))[0]
-    bare = [own["log_loss"] for own in evaluate(base, None, held, REAL["max_tokens"]).values()]
-    return dict(kind=kind, base=base.name, factor=factor, lr=lr, bare=sum(bare) / len(bare),
+    _, lines, bare = measure(kind, base, source, rows, lr)
+    return dict(kind=kind, base=base.name, factor=factor, lr=lr, bare=bare,
                 losses=[line["held_log_loss"] for line in lines], accs=[line["held_acc_norm"] for line in lines],
                 ratios=[line["delta_ratio"][0] for line in lines], hardware=hardware(), commit=commit())
 

@@ -117,12 +117,14 @@ class Job:
         self.scores, self.ratios = scores, ratios
 
     def compare(self, bare):
-        """Prints a line if the fit ends with a higher held-out log-loss than the bare bases', the scores bare()."""
+        """Prints a line if the fit ends with a higher held-out log-loss than `self.bare`, that of the bare bases, whose
+        scores are bare()."""
         if self.at.lines and self.at.lines[-1]["held_log_loss"]:
-            ends, (_, bare) = self.at.lines[-1]["held_log_loss"], means(bare())
-            if ends > bare:
-                tqdm.write(f"{self.what}: the held-out log_loss ends at {ends:.3f}, above the bare base's {bare:.3f}: "
-                           "it diverged or learned its rows by heart; try a smaller --lr, more rows or fewer --epochs")
+            ends, (_, self.bare) = self.at.lines[-1]["held_log_loss"], means(bare())
+            if ends > self.bare:
+                tqdm.write(f"{self.what}: the held-out log_loss ends at {ends:.3f}, above the bare base's "
+                           f"{self.bare:.3f}: it diverged or learned its rows by heart; try a smaller --lr, more rows "
+                           "or fewer --epochs")
 
     def check(self, losses, which=""):
         """Raises BadInput if some of losses [bases, T] are not finite."""

@@ -26,11 +26,11 @@ def test_a_port_and_a_latent_leave_the_rest_as_it_is(tmp_path):
     write(tmp_path, 40)
     base, other = tiny_base(), tiny_base("llama", name="other")
     rows = presets.rows_of(tmp_path, ["one"], 8)
-    source, _ = presets.measure("source", base, None, rows, 0.03)
+    source, *_ = presets.measure("source", base, None, rows, 0.03)
     assert source.core.head_B["q"].weight.any()
-    port, lines = presets.measure("port", other, source, rows, 0.3)
+    port, lines, _ = presets.measure("port", other, source, rows, 0.3)
     assert len(lines) == presets.EPOCHS and list(port.converters) == ["other"]
-    latent, _ = presets.measure("latent", base, source, rows, 0.03)
+    latent, *_ = presets.measure("latent", base, source, rows, 0.03)
     assert not torch.equal(latent.z, source.z) and torch.equal(port.z, source.z)
     for portal in (port, latent):
         assert all(torch.equal(p, q) for p, q in zip(portal.core.parameters(), source.core.parameters(), strict=True))
