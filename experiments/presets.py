@@ -116,7 +116,7 @@ def main(argv=None):
         rows = rows_of(folders[tasks], TASKS[tasks] + (MORE[tasks] if kind == "latent" else []), SOURCE)
         return measure("source", loaded(args.bases[0]), None, rows, REAL["lr"])[0]
 
-    for tasks, n, factor, spec in itertools.product(TASKS, args.n, FACTORS, args.bases):
+    for factor, n, tasks, spec in itertools.product(FACTORS, args.n, TASKS, args.bases):  # the presets first
         for kind in ("source", "port" if spec != args.bases[0] else "latent") if folders[tasks] else ():
             if (kind, loaded(spec).name, tasks, n, factor) not in done:
                 rows = rows_of(folders[tasks], [NEW[tasks]] if kind == "latent" else TASKS[tasks], n)
