@@ -7,8 +7,8 @@ A cell is one fit: "source", of a generator with nothing frozen on one base (sou
 and nine times that, for three epochs, and its log-loss is measured after each on HELD rows a task that no fit of this
 table is trained on. A cell holds if, at the preset, no epoch after the first is above the bare base and the last is at
 most .1 above the best of the five rates. Ports and latents start from a source fitted on the first of --bases with
-SOURCE rows a task, latents from one of more tasks (MORE). What is in presets.jsonl is not fitted again; the table is
-drawn from it.
+SOURCE rows a task; latents, of one of the toy's tasks alone, from one of more tasks (MORE). What is in presets.jsonl is
+not fitted again; the table is drawn from it.
 """
 import copy, functools, itertools, pathlib, random, tempfile
 
@@ -28,8 +28,8 @@ from runtime.report import commit, hardware
 from train import REAL, fit, portal_learner
 
 TASKS = {"toy": ["largest", "second"], "real": ["cb", "wsc", "arc_easy"]}
-MORE = {"toy": ["first", "last", "third", "smallest", "animal", "fruit"], "real": ["rte", "openbookqa", "winogrande"]}
-NEW = {"toy": "second_last", "real": "boolq"}                                        # the task that is added
+MORE = ("first", "last", "third", "smallest", "animal", "fruit")
+NEW = "second_last"                                                                  # the task that is added
 ROWS, FACTORS, HELD, SOURCE, EPOCHS = (8, 16, 64, 120, 500), (1, 1 / 3, 3, 1 / 9, 9), 20, 120, 3
 
 
@@ -93,36 +93,37 @@ def table(cells):
         *markdown(lines), ""])
 
 
-def cell(kind, base, source, rows, factor):
-    """Fits one cell and returns its line of presets.jsonl."""
-    lr = factor * (REAL["port"] if kind == "port" else REAL)["lr"]
-    _, lines, bare = measure(kind, base, source, rows, lr)
-    return dict(kind=kind, base=base.name, factor=factor, lr=lr, bare=bare,
-                losses=[line["held_log_loss"] for line in lines], accs=[line["held_acc_norm"] for line in lines],
-                ratios=[line["delta_ratio"][0] for line in lines], hardware=hardware(), commit=commit())
+def line_of(kind, base, lr, fitted):
+    """The line of presets.jsonl of a cell that `measure` fitted."""
+    _, lines, bare = fitted
+    return dict(kind=kind, base=base.name, lr=lr, bare=bare, losses=[line["held_log_loss"] for line in lines],
+                accs=[line["held_acc_norm"] for line in lines], ratios=[line["delta_ratio"][0] for line in lines],
+                hardware=hardware(), commit=commit())
 
 
 def main(argv=None):
     args = parse(__doc__, "bases data out n device dtype", argv, data=dict(help="folder of the tasks in TASKS"),
                  out=dict(default=ROOT / "results"),
                  n=dict(type=commas(positive(int)), default=ROWS, metavar="N,N", help="training rows a task"))
-    path, folders = args.out / "presets.jsonl", {"toy": ROOT / "toy/data", "real": args.data}
+    path, folders, first = args.out / "presets.jsonl", {"toy": ROOT / "toy/data", "real": args.data}, args.bases[0]
     done = {(c["kind"], c["base"], c["tasks"], c["n"], c["factor"]) for c in read_jsonl(path)}
     loaded = functools.cache(lambda spec: load_base(spec, args.device, args.dtype))
     @functools.cache
-    def source(tasks, kind):
-        if kind == "source":
-            return None
-        rows = rows_of(folders[tasks], TASKS[tasks] + (MORE[tasks] if kind == "latent" else []), SOURCE)
-        return measure("source", loaded(args.bases[0]), None, rows, REAL["lr"])[0]
+    def fitted(kind, spec, tasks, n, factor, more=()):
+        lr = factor * (REAL["port"] if kind == "port" else REAL)["lr"]
+        others = MORE if kind == "latent" else ()                                    # of the source
+        source = None if kind == "source" else fitted("source", first, tasks, SOURCE, 1, others)[0]
+        rows = rows_of(folders[tasks], [*([NEW] if kind == "latent" else TASKS[tasks]), *more], n)
+        found = measure(kind, loaded(spec), source, rows, lr)
+        if not more:
+            append_jsonl(path, dict(line_of(kind, loaded(spec), lr, found), tasks=tasks, n=n, factor=factor))
+            write_whole(args.out / "presets.md", lambda file: file.write_text(table(read_jsonl(path))))
+        return found
 
     for factor, n, tasks, spec in itertools.product(FACTORS, args.n, TASKS, args.bases):  # the presets first
-        for kind in ("source", "port" if spec != args.bases[0] else "latent") if folders[tasks] else ():
-            if (kind, loaded(spec).name, tasks, n, factor) not in done:
-                rows = rows_of(folders[tasks], [NEW[tasks]] if kind == "latent" else TASKS[tasks], n)
-                line = cell(kind, loaded(spec), source(tasks, kind), rows, factor)
-                append_jsonl(path, dict(line, tasks=tasks, n=n))
-                write_whole(args.out / "presets.md", lambda file: file.write_text(table(read_jsonl(path))))
+        for kind in ("source", *(["port"] if spec != first else ["latent"] if tasks == "toy" else [])):
+            if folders[tasks] and (kind, loaded(spec).name, tasks, n, factor) not in done:
+                fitted(kind, spec, tasks, n, factor)
 
 
 if __name__ == "__main__":

@@ -35,8 +35,9 @@ def test_a_port_and_a_latent_leave_the_rest_as_it_is(tmp_path):
     for portal in (port, latent):
         assert all(torch.equal(p, q) for p, q in zip(portal.core.parameters(), source.core.parameters(), strict=True))
     assert all(torch.equal(p, q) for p, q in zip(latent.converters["tiny"].parameters(), source.converters["tiny"].parameters()))
-    line = presets.cell("source", base, None, rows, 1 / 3)
-    assert abs(line["lr"] - 0.01) < 1e-9 and len(line["losses"]) == len(line["ratios"]) == presets.EPOCHS and line["bare"] > 0
+    line = presets.line_of("port", other, 0.3, (port, lines, 1.5))
+    assert (line["base"], line["lr"], line["bare"]) == ("other", 0.3, 1.5)
+    assert len(line["losses"]) == len(line["ratios"]) == presets.EPOCHS
 
 
 def test_the_table_marks_what_does_not_hold():
