@@ -256,7 +256,9 @@ def test_the_index_of_the_merged_shards_is_copied_with_their_size(tmp_path, caps
     base, out, files = tmp_path / "base", tmp_path / "out", {"a.safetensors", "b.safetensors"}
     base.mkdir(), out.mkdir()
     index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}, **({"metadata": metadata} if metadata else {})}
-    for name, value in {"model.safetensors.index.json": index, "other.safetensors.INDEX.JSON": {"weight_map": {"x": "c.safetensors"}}}.items():
+    others = {"weight_map": {"x": "c.safetensors"}}                                  # of weights that are not merged
+    for name, value in {"model.safetensors.index.json": index, "other.safetensors.INDEX.JSON": others,
+                        "pytorch_model.bin.index.json": others}.items():
         (base / name).write_text(json.dumps(value, indent=5))
     for name in (*files, "MODEL.BIN", "README.md", "notes.md", "notes.index.json"):
         (base / name).write_text(name)
@@ -267,8 +269,9 @@ def test_the_index_of_the_merged_shards_is_copied_with_their_size(tmp_path, caps
         assert json.loads(text) == {**index, "metadata": {"total_size": 16}}
     else:
         assert text == (base / "model.safetensors.index.json").read_text()
-    assert "left out: MODEL.BIN, other.safetensors.INDEX.JSON\n" in capsys.readouterr().out
-    (base / "MODEL.BIN").unlink(), (base / "other.safetensors.INDEX.JSON").unlink()
+    assert "left out: MODEL.BIN, other.safetensors.INDEX.JSON, pytorch_model.bin.index.json\n" in capsys.readouterr().out
+    for name in ("MODEL.BIN", "other.safetensors.INDEX.JSON", "pytorch_model.bin.index.json"):
+        (base / name).unlink()
     copy_rest(base, tmp_path / "again", files, 8, 8)
     assert not capsys.readouterr().out
 
