@@ -1,0 +1,225 @@
+"""Compares LoRAs and ports on the toy at equal numbers of rounds, each with settings searched on the same budget.
+
+    python -m experiments.fair                          everything: two to three hours on two cores
+    python -m experiments.fair --methods lora,portal --n 32 --seeds 0
+
+First the search: for every method, number of rows and number of rounds, RATES of its own times two values of one knob
+of its own, seed 0, measured on HELD rows a task that neither the fit nor the core behind it was trained on; the higher
+(acc_norm, -log-loss) is chosen. Then the chosen settings, on rows for rows of port.py, with each seed, measured on the
+evaluation rows. A fit is one pass of a learning-rate schedule and nothing is selected in it. Both are kept in
+results/fair.jsonl, a line a fit and task, and not done again; results/fair.md and fair.png are drawn from it.
+"""
+import functools, itertools, random, tempfile
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from baselines.cross_lora import copy, cross_lora
+from bases import TOY_SEEN, load_base
+from data import encode, load_tasks, sample
+from experiments.cells import markdown, numbers, over_seeds, spread
+from experiments.paper import dims_of, flops, generator_flops
+from experiments.starts import World, loras, ports
+from experiments.tables import TOLERANCE
+from portal import Config, Converter, Portal
+from runtime.files import ROOT, append_jsonl, read_jsonl, write_whole
+from runtime.flags import commas, parse, positive, run_main
+from runtime.flags import seed as seed_of
+from runtime.job import Job
+from runtime.report import commit, drawing, hardware, pack, unpack
+from score import evaluate, macro
+from train import TOY, fit, portal_learner
+
+DATA, TARGET, HELD = ROOT / "toy/data", "toy-gemma", 60
+ROWS, ROUNDS = (32, 125, 1000), (28, 56, 112, 224)
+LORA, PORT = (3e-3, 1e-2, 2e-2), (0.75, 1.5, 3.0)                                    # three rates for each
+METHODS = {  # name: (start, rates, {knob: settings}, numbers of rounds)
+    "lora": (loras, LORA, {"rank 16": dict(rank=16), "rank 4": dict(rank=4)}, ROUNDS),
+    "portal": (ports, PORT, {"": {}, "whitened": dict(whiten=0.1)}, (112,)),
+    "portal aligned": (ports, PORT, {"": dict(aligned=True), "whitened": dict(aligned=True, whiten=0.1)}, ROUNDS),
+    "portal aligned with P_out": (ports, PORT, {"": dict(aligned=True, P_out=True), "whitened": dict(
+        aligned=True, P_out=True, whiten=0.1)}, (112,)),
+    "portal carried, no training": (ports, (), {"": dict(aligned=True, P_out=True)}, (0,)),
+    "portal core untrained": (ports, PORT, {"": dict(untrained=True), "whitened": dict(untrained=True, whiten=0.1)},
+                              (112,)),
+    "portal latents swapped": (ports, PORT, {"": dict(swapped=True), "whitened": dict(swapped=True, whiten=0.1)},
+                               (112,)),
+    "portal core untrained, latents swapped": (ports, PORT, {"": dict(untrained=True, swapped=True), "whitened": dict(
+        untrained=True, swapped=True, whiten=0.1)}, (112,)),
+    "portal core unfrozen at the end": (ports, PORT, {"": dict(unfreeze=True), "whitened": dict(
+        unfreeze=True, whiten=0.1)}, (112,)),
+    "lora from cross_lora": (loras, LORA, {"": dict(carry=cross_lora), "half": dict(carry=cross_lora, factor=0.5)},
+                             (112,)),
+    "lora from copy": (loras, LORA, {"": dict(carry=copy), "half": dict(carry=copy, factor=0.5)}, (112,)),
+}
+
+
+loaded = functools.cache(load_base)
+
+
+# ---------------------------------------------------------------------------------------------- one fit
+def run(bases, generate, learners, rows, seed):
+    """Runs train.fit for one epoch, with nothing held out; returns its line of log.jsonl."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log.jsonl"
+        job = Job("fit", dict(epochs=1, batch_size=TOY["batch_size"], max_tokens=TOY["max_tokens"]), seed, log)
+        fit(job, bases, generate, learners, {task: (train, []) for task, (train, _) in rows.items()})
+        return read_jsonl(log)[-1]
+
+
+def rows_of(n, seed, search):
+    """{task: (n training rows, measured rows)}. Search: HELD rows of train are measured and the fit has others."""
+    found = {}
+    for task, splits in load_tasks(DATA).items():
+        if search:
+            mixed = random.Random(task).sample(splits["train"], len(splits["train"]))
+            found[task] = mixed[HELD:HELD + n], mixed[:HELD]
+        else:
+            found[task] = [row for part in sample(splits["train"], n, seed) for row in part], splits["eval"]
+    return found
+
+
+@functools.cache
+def trained(seed, search):
+    """Returns the toy's source bases {name: Base}, a Portal trained on them at the preset, and LoRAs of the last."""
+    bases, rows = {name: loaded(name) for name in TOY_SEEN}, rows_of(1000, seed, search)
+    torch.manual_seed(seed)
+    portal = Portal(Config(tasks=list(rows), **TOY["sizes"]))
+    for base in bases.values():
+        portal.converters[base.name] = Converter(portal.cfg, base.groups_of(portal.cfg.modules))
+    rounds = -(-max(len(train) for train, _ in rows.values()) // TOY["batch_size"]) * TOY["epochs"]
+    learner = portal_learner(portal, rows, TOY | dict(least=rounds, epochs=1))
+    run(list(bases.values()), portal.adapters, [learner], rows, seed)
+    source = bases[TOY_SEEN[-1]]
+    torch.manual_seed(seed)
+    generate, (learners,) = loras(World(source, portal, source, None, rows))
+    run([source], generate, learners(TOY["lora"]["lr"], rounds // 2), rows, seed)
+    return source, portal, generate()
+
+
+@functools.cache
+def world(n, seed, search):
+    source, portal, source_loras = trained(seed, search)
+    return World(loaded(TARGET), portal, source, source_loras, rows_of(n, seed, search))
+
+
+def cell(method, knob, lr, n, rounds, seed, search):
+    """Fits and measures once. Returns a line for each task."""
+    start, _, knobs, _ = METHODS[method]
+    here = world(n, seed, search)
+    base, rows = here.base, here.rows
+    torch.manual_seed(seed)
+    generate, stages = start(here, **knobs[knob])
+    logs = [run([base], generate, stage(lr, rounds), rows, seed) for stage in stages if rounds]
+    with torch.no_grad():
+        adapters = generate(base.name)
+        items = encode(base.tokenizer, [row for _, measured in rows.values() for row in measured], list(rows))[0]
+        cells = evaluate(base, adapters, items, TOY["max_tokens"])
+    tokens, own = sum(log["tokens"] for log in logs), dims_of(adapters)
+    every = {g: (len(layers), 1, d_in, d_out) for g, (_, layers, d_in, d_out) in base.groups.items()}
+    generator = 0 if start is loras else generator_flops(here.portal.cfg, len(base.blocks), own)
+    fixed = dict(method=method, knob=knob, lr=lr, n=n, rounds=rounds, seed=seed, search=search, tokens=tokens,
+                 flops=flops(tokens, rounds, every, own, generator), seconds=sum(log["seconds"] for log in logs),
+                 hardware=hardware(), commit=commit())
+    return [dict(fixed, task=task, **{**cells[t], "correct": pack(cells[t]["correct"])}) for t, task in enumerate(rows)]
+
+
+# ---------------------------------------------------------------------------------------------- search, then measure
+def tried(lines, method, n, rounds):
+    """The search's [(acc_norm, -log_loss, lr, knob)], means over the tasks, in the order of the settings."""
+    found = {}
+    for line in lines:
+        if line["search"] and (line["method"], line["n"], line["rounds"]) == (method, n, rounds):
+            found.setdefault((line["lr"], line["knob"]), []).append((line["acc_norm"], -line["log_loss"]))
+    return [(*macro(own), *setting) for setting, own in found.items()]
+
+
+# ---------------------------------------------------------------------------------------------- the tables
+def results(lines):
+    """The measured lines as the data frame that cells.py takes: a series is a method with its number of rounds."""
+    rows = pd.DataFrame([line for line in lines if not line["search"]])
+    return rows.assign(series=rows["method"] + ", " + rows["rounds"].astype(str),
+                       correct=[unpack(text, n) for text, n in zip(rows["correct"], rows["rows"])])
+
+
+def table(lines):
+    """The measurements and the search, as Markdown."""
+    page, rows = [], results(lines)
+    for n, own in rows.groupby("n"):
+        measured = numbers(own)
+        loras = own[own["method"] == "lora"]
+        best = max(loras["series"].unique(), key=measured.iloc[0].get) if len(loras) else None
+        within = (line for line in own["series"].unique() if best and measured[line][0] >= measured[best][0] - TOLERANCE)
+        near, text = {*within}, []
+        for series, of_it in own.groupby("series", sort=False):
+            first = of_it.iloc[0]
+            text.append({"method": first["method"], "rounds": first["rounds"], "lr": f"{first['lr']:g}",
+                         "knob": first["knob"] or "-", "seeds": of_it["seed"].nunique(),
+                         "acc_norm": over_seeds(of_it, spread)[series],
+                         "log-loss": over_seeds(of_it, spread, "log_loss")[series],
+                         "acc_norm - the LoRA's best": difference(measured, series, best),
+                         "worst task": f"{of_it.groupby('task')['acc_norm'].mean().min():.3f}",
+                         "GFLOPs": f"{of_it.groupby('seed')['flops'].first().mean() / 1e9:,.0f}"
+                         + (" *" if series in near else ""),
+                         "seconds": f"{of_it.groupby('seed')['seconds'].first().mean():.0f}"})
+        page += markdown(text, f"## {n} rows a task")
+    searched = [{"method": m, "n": n, "rounds": rounds, "settings tried: held-out acc_norm / log-loss": "; ".join(
+        f"{lr:g}{f' {knob}' * bool(knob)}: {acc:.3f} / {-loss:.3f}" for acc, loss, lr, knob in tried(lines, m, n, rounds))}
+        for m, n, rounds in dict.fromkeys((x["method"], x["n"], x["rounds"]) for x in lines if x["search"])]
+    commits, machines = (", ".join(dict.fromkeys(line[key] for line in lines)) for key in ("commit", "hardware"))
+    return "\n".join([
+        "# LoRAs and ports at equal numbers of rounds", "",
+        f"Toy, from {' and '.join(TOY_SEEN)} to {TARGET}. Settings searched for each method, n and number of rounds on rows",
+        "held out of train (below), then measured on the evaluation rows with every seed. Means over the tasks, ± sd over",
+        "seeds; [low, high]: 95% interval over evaluation rows, paired bootstrap. FLOPs: experiments/paper.py's count; what",
+        "aligns a port, a forward pass of at most 1,000 prompts on two bases, is not in them, nor is the gradient of an",
+        f"unfrozen core. *: within {TOLERANCE} of the best acc_norm of a LoRA on as many rows.", "",
+        f"`python -m experiments.fair`, {machines}, commit {commits}.", *page,
+        *markdown(searched, "## What was searched"), ""])
+
+
+def difference(measured, series, other):
+    """A series' acc_norm less another's, with its interval."""
+    if other in (None, series):
+        return "-"
+    value = measured[series] - measured[other]
+    low, high = value[1:].quantile([0.025, 0.975])
+    return f"{value[0]:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def draw(folder, lines):
+    """Writes fair.md and, for the methods with several numbers of rounds, fair.png."""
+    write_whole(folder / "fair.md", lambda file: file.write_text(table(lines)))
+    rows = results(lines)
+    with drawing(folder / "fair.png", 15, columns=len(ROWS)) as all_axes:
+        for axes, n in zip(all_axes, ROWS):
+            for method, own in rows[rows["n"] == n].groupby("method", sort=False):
+                if own["rounds"].nunique() > 1:
+                    by_seed = own.groupby(["rounds", "seed"])[["flops", "log_loss"]].mean()
+                    mean, sd = (f(by_seed.groupby("rounds")) for f in (lambda g: g.mean(), lambda g: g.std()))
+                    axes.errorbar(mean["flops"], mean["log_loss"], sd["log_loss"], marker="o", capsize=3, label=method)
+            axes.set(xscale="log", yscale="log", xlabel="FLOPs of the fit", ylabel="log-loss", title=f"{n} rows a task")
+            if axes.lines:
+                axes.legend(frameon=False, fontsize="small")
+
+
+def main(argv=None):
+    args = parse(__doc__, "methods n seeds out", argv, n=dict(type=commas(positive(int)), default=ROWS, metavar="N,N"),
+                 methods=dict(default=METHODS, help="some of METHODS"), out=dict(default=ROOT / "results"),
+                 seeds=dict(type=commas(seed_of), default=(0, 1, 2), metavar="N,N", help="of what is measured"))
+    path = args.out / "fair.jsonl"
+    def add(method, knob, lr, n, rounds, seed, search):
+        wanted = dict(method=method, knob=knob, lr=lr, n=n, rounds=rounds, seed=seed, search=search)
+        if not any(wanted.items() <= line.items() for line in read_jsonl(path)):
+            for line in cell(**wanted):
+                append_jsonl(path, line)
+    for method, n in itertools.product(args.methods, args.n):
+        _, rates, knobs, budgets = METHODS[method]
+        for rounds in budgets:
+            for lr, knob in itertools.product(rates, knobs):
+                add(method, knob, lr, n, rounds, 0, True)
+            *_, lr, knob = max(tried(read_jsonl(path), method, n, rounds), default=(0, ""))
+            for seed in args.seeds:
+                add(method, knob, lr, n, rounds, seed, False)
+    draw(args.out, read_jsonl(path))

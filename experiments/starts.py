@@ -1,0 +1,164 @@
+"""Where a fit on an unseen base may start: LoRAs that are fresh or carried over, and ports of several kinds.
+
+A start is a function of a World and of its own settings. It returns generate(base name) -> Adapters and a list of
+stages, functions (lr, rounds) -> learners of train.fit; no stages: nothing is trained. experiments/fair.py compares
+them.
+"""
+import copy, dataclasses, functools
+
+import torch
+
+from baselines.cross_lora import transfer
+from baselines.lora import TaskLoRAs
+from frozen import Base, same_depths
+from port import ALIGN, align, layer_inputs
+from portal import Adapters, Converter, Core, Portal, layers_of
+from train import Learner
+
+UNFREEZE = 0.1  # the rate of a port's last rounds with the core unfrozen, of that of its converter
+
+
+@dataclasses.dataclass(eq=False)
+class World:
+    """What the starts have in common: the unseen base, a Portal trained on other bases, one of these with its LoRAs,
+    and the rows {task: (train, measured)}."""
+    base: Base
+    portal: Portal
+    source: Base
+    loras: Adapters
+    rows: dict
+
+    @functools.cached_property
+    def like(self):
+        return self.portal.converters[self.source.name]
+
+    def converter(self):
+        """A new Converter of the unseen base, at the start of a port."""
+        return Converter(self.portal.cfg, self.base.groups_of(self.portal.cfg.modules), self.like, port=True)
+
+    @functools.cached_property
+    def texts(self):
+        """The prompts that an alignment reads, in equal parts of all tasks, as in port.py."""
+        return [row.prompt for train, _ in self.rows.values() for row in train[:max(1, ALIGN // len(self.rows))]]
+
+    @functools.cached_property
+    def P_in(self):
+        """{g: P_in} as port.align sets it."""
+        converter = self.converter()
+        align(converter, self.base, self.like, self.source, self.texts)
+        return dict(converter.P_in)
+
+    @functools.cached_property
+    def P_out(self):
+        """{g: P_out} by aligned_P_out."""
+        return aligned_P_out(self)
+
+
+# ---------------------------------------------------------------------------------------------- LoRAs
+def loras(world, rank=16, carry=None, factor=1):
+    """LoRAs of all projections, alpha twice the rank; carry: a method of baselines/cross_lora.py that computes where
+    they start from the source's, whose delta is multiplied by `factor`."""
+    tasks = list(world.rows)
+    own = TaskLoRAs(len(tasks), world.base, rank=rank, alpha=2 * rank)
+    if carry:
+        start = transfer(carry, world.loras, world.source, world.base)
+        for g in own.A:
+            for t in range(len(tasks)):
+                own.A[g][t].data.copy_(start.A[g][t])
+                own.B[g][t].data.copy_(start.B[g][t] * factor * start.scale / own.scale)
+    def learners(lr, rounds):
+        return [Learner([{"params": own.of(t), "lr": lr}], [task], rounds, 1) for t, task in enumerate(tasks)]
+    return own.adapters, [learners]
+
+
+# ---------------------------------------------------------------------------------------------- ports
+def ports(world, aligned=False, P_out=False, whiten=None, untrained=False, swapped=False, unfreeze=False):
+    """A port. aligned: P_in starts as port.py --align has it; P_out: so does P_out, by aligned_P_out; whiten: the eps of
+    `whitened`; untrained: the core is a new one, its B-heads as large as the trained ones'; swapped: each task has the
+    latent of the next; unfreeze: the last third of the rounds trains latents and core, too."""
+    portal, converter = copy.deepcopy(world.portal), world.converter()
+    if untrained:
+        portal.core = untrained_core(portal.core)
+    if swapped:
+        portal.z.data = portal.z.data.roll(1, 0)
+    frozen = [p.requires_grad_(False) for p in (portal.z, *portal.core.parameters())]
+    for wanted, own, start in (aligned, converter.P_in, "P_in"), (P_out, converter.P_out, "P_out"):
+        for g in own if wanted else ():
+            own[g].data.copy_(getattr(world, start)[g])
+    if whiten:
+        whitened(portal, converter, whiten)
+    portal.converters = {world.base.name: converter}
+    def learners(lr, rounds):
+        return [Learner(portal.rates(lr), list(world.rows), rounds - unfreeze * (rounds // 3), 1)]
+    def unfrozen(lr, rounds):
+        for p in frozen:
+            p.requires_grad_(True)
+        return [Learner(portal.rates(lr * UNFREEZE), list(world.rows), rounds // 3, 1, portal.z)]
+    return portal.adapters, [learners, unfrozen] if unfreeze else [learners]
+
+
+def untrained_core(core):
+    """Returns a Core as before training, but for its B-heads, which are zero then: random ones with the trained ones'
+    root mean squares."""
+    new = Core(core.cfg)
+    for m, head in core.head_B.items():
+        for name, p in head.named_parameters():
+            getattr(new.head_B[m], name).data.normal_(std=float(p.detach().square().mean().sqrt()))
+    return new
+
+
+@torch.no_grad()
+def whitened(portal, converter, eps):
+    """Changes coordinates so that what the aligner multiplies is uncorrelated: A_hat P_in = (A_hat S) (S^-1 P_in) with
+    S = (C + eps c I)^(-1/2) sqrt(c), where C [d_c, d_c] is the mean of a a^T over the rows a of A_hat of all tasks and
+    layers and c the mean of its diagonal; of P_out B_hat likewise. S goes into the portal's heads, S^-1 into the
+    converter: the adapters stay as they are, an optimiser's steps on P_in and P_out do not."""
+    def square_roots(rows):                                                          # [..., d_c] -> S, S^-1
+        rows = rows.flatten(0, -2).double()
+        C = rows.T @ rows / len(rows)
+        c = C.diagonal().mean()
+        values, vectors = torch.linalg.eigh(C + eps * c * torch.eye(len(C), dtype=C.dtype))
+        scale = (c / values).sqrt()
+        return (vectors * scale @ vectors.T).float(), (vectors / scale @ vectors.T).float()
+    r, d_c = portal.cfg.rank, portal.cfg.d_c
+    A_hat, B_hat = portal.core(portal.z, converter.e)
+    for m in portal.cfg.modules:
+        (S_A, inverse_A), (S_B, inverse_B) = square_roots(A_hat[m]), square_roots(B_hat[m].mT)
+        for p in portal.core.head_A[m].parameters():                                 # [r d_c, hidden] and [r d_c]
+            p.copy_(torch.einsum("rc...,cd->rd...", p.view(r, d_c, *p.shape[1:]), S_A).reshape(p.shape))
+        for p in portal.core.head_B[m].parameters():
+            p.copy_(torch.einsum("cr...,cd->dr...", p.view(d_c, r, *p.shape[1:]), S_B).reshape(p.shape))
+        for g, group in converter.groups.items():
+            if group.kind == m:
+                converter.P_in[g].copy_(inverse_A @ converter.P_in[g])
+                converter.P_out[g].copy_(converter.P_out[g] @ inverse_B)
+
+
+@torch.no_grad()
+def aligned_P_out(world, ridge=1e-2):
+    """Returns {g: P_out} by least squares towards the source's B, carried over: with the ridge map R_l from the outputs
+    of the source's projection to those of the base's projection at shared token ends (both without their means),
+    min over P_out of  sum over tasks and layers |P_out B_hat - R_l B_source|^2 + lambda |P_out|^2."""
+    base, source, portal, converter = world.base, world.source, world.portal, world.converter()
+    modules, layers, outputs, sums = portal.cfg.modules, layers_of(converter.groups), {}, {}
+    for text in world.texts:
+        (x, ends), (source_x, source_ends) = layer_inputs(base, text, modules), layer_inputs(source, text, modules)
+        shared = sorted(ends.keys() & source_ends.keys())
+        at, source_at = [ends[c] for c in shared], [source_ends[c] for c in shared]
+        for m in modules:
+            for (l, *_), (s, *_) in same_depths(base, source, m):
+                pair = x[m, l][at] @ base.weight(m, l).T, source_x[m, s][source_at] @ source.weight(m, s).T
+                outputs.setdefault((m, l), []).append(pair)                          # [S, d_out] each
+    def solve(XX, XY):
+        return torch.linalg.solve(XX + ridge * XX.diagonal().mean() * torch.eye(len(XX), dtype=XX.dtype), XY)
+    (_, B_hat), (_, B_source) = portal.core(portal.z, converter.e), world.like(portal.core, portal.z)
+    for m in modules:
+        for (l, g, _), (_, source_g, j) in same_depths(base, source, m):
+            Y, X = (torch.cat(side).double() for side in zip(*outputs[m, l]))
+            Y, X = Y - Y.mean(0), X - X.mean(0)
+            R = solve(X.T @ X, X.T @ Y).T                                            # [d_out, d_out of the source]
+            own = B_hat[m][:, layers.index(l)].double().transpose(0, 1).flatten(1)   # [d_c, T r]
+            wanted = (R @ B_source[source_g][:, j].double()).transpose(0, 1).flatten(1)  # [d_out, T r]
+            XX, XY = sums.get(g, (0, 0))
+            sums[g] = XX + own @ own.T, XY + own @ wanted.T
+    return {g: solve(XX, XY).T.float() for g, (XX, XY) in sums.items()}
