@@ -73,9 +73,9 @@ def loras(world, rank=16, carry=None, factor=1):
 
 # ---------------------------------------------------------------------------------------------- ports
 def ports(world, aligned=False, P_out=False, whiten=None, untrained=False, swapped=False, unfreeze=False):
-    """A port. aligned: P_in starts as port.py --align has it; P_out: so does P_out, by aligned_P_out; whiten: the eps of
-    `whitened`; untrained: the core is a new one, its B-heads as large as the trained ones'; swapped: each task has the
-    latent of the next; unfreeze: the last third of the rounds trains latents and core, too."""
+    """A port. aligned: P_in starts as port.py --align has it; P_out: P_out as aligned_P_out has it; whiten: the eps of
+    `whitened`; untrained: the core is a new one, its B-heads as large as the trained ones'; swapped: each task has
+    another one's latent; unfreeze: the last third of the rounds trains latents and core, too."""
     portal, converter = copy.deepcopy(world.portal), world.converter()
     if untrained:
         portal.core = untrained_core(portal.core)

@@ -1,0 +1,127 @@
+"""experiments/fair.py and starts.py: what a start changes and what it leaves, the search's choice, the table."""
+import copy
+
+import pytest
+import torch
+from conftest import tiny_base
+from helpers import make_portal, small_rows
+
+from baselines import cross_lora
+from data import encode
+from experiments import fair, starts
+from score import score
+
+MODULES = ["q", "v"]
+
+
+@pytest.fixture
+def world():
+    """A port from a tiny Qwen3 to a tiny Llama, of a core of random numbers."""
+    source, base, rows = tiny_base(name="source"), tiny_base("llama", name="target"), small_rows()
+    portal = make_portal(source)
+    with torch.no_grad():
+        own, _ = starts.loras(starts.World(source, portal, source, None, rows))
+        loras = own().map(torch.randn_like)
+    return starts.World(base, portal, source, loras, rows)
+
+
+def test_whitening_changes_the_steps_and_not_the_adapters(world):
+    portal, converter = copy.deepcopy(world.portal), world.converter()
+    for P in converter.P_out.values():
+        torch.nn.init.normal_(P)
+    portal.converters = {"target": converter}
+    before = portal.adapters("target")
+    starts.whitened(portal, converter, 1e-3)
+    for a, b in zip(before.tensors(), portal.adapters("target").tensors(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    for old, new in zip(world.portal.core(portal.z, converter.e), portal.core(portal.z, converter.e)):
+        spread = []
+        for rows in (old["q"], new["q"]):
+            rows = (rows if rows.shape[-1] == portal.cfg.d_c else rows.mT).detach().flatten(0, -2).double()
+            values = torch.linalg.eigvalsh(rows.T @ rows)
+            spread.append(values[-1] / values[-5])
+        assert spread[1] < 1.2 < 2 < spread[0]                                       # 3 tasks x layers x r > 5 rows
+    assert not torch.equal(portal.core.head_A["q"].weight, world.portal.core.head_A["q"].weight)
+
+
+def test_an_aligned_P_out_solves_its_least_squares(world):
+    """On the source itself the ridge map is the identity, and P_out B_hat the source's B."""
+    own = starts.World(world.source, world.portal, world.source, None, world.rows)
+    own.texts = [" ".join(f"w{(7 * i + j * j) % 50}" for j in range(9)) for i in range(50)]
+    with torch.no_grad():
+        _, wanted = world.like(world.portal.core, world.portal.z)
+        P_out = starts.aligned_P_out(own, ridge=1e-9)
+        _, B_hat = world.portal.core(world.portal.z, own.converter().e)
+    found = P_out["v"] @ B_hat["v"]                                                  # q's outputs have fewer dimensions than
+    assert (found - wanted["v"]).norm() < 0.01 * wanted["v"].norm()                  # d_out: its B cannot come back whole
+
+
+def test_ports_leave_the_world_as_it_is_and_start_as_named(world):
+    before = copy.deepcopy(world.portal)
+    def of(**settings):
+        torch.manual_seed(1)
+        generate, stages = starts.ports(world, **settings)
+        return generate.__self__, generate("target"), stages
+    plain, adapters, stages = of()
+    assert all(not b.any() for b in adapters.B.values()) and len(stages) == 1
+    (learner,) = stages[0](0.1, 7)
+    assert learner.rounds == 7 and {id(p) for p in learner.params} == {id(p) for p in plain.converters["target"].parameters()}
+    swapped, *_ = of(swapped=True)
+    assert torch.equal(swapped.z[1], world.portal.z[0]) and torch.equal(plain.z, world.portal.z)
+    untrained, *_ = of(untrained=True)
+    for m in MODULES:
+        new, old = untrained.core.head_B[m].weight, world.portal.core.head_B[m].weight
+        assert not torch.equal(new, old) and abs(new.std() / old.std() - 1) < 0.2
+    aligned, both, _ = of(aligned=True, P_out=True)
+    assert torch.equal(aligned.converters["target"].P_in["q"], world.P_in["q"]) and both.B["q"].any()
+    unfrozen, _, (first, second) = of(unfreeze=True)
+    (a,), (b,) = first(0.1, 9), second(0.1, 9)
+    assert (a.rounds, b.rounds) == (6, 3) and {id(p) for p in b.params} > {id(p) for p in a.params}
+    assert len(b.params) == len(a.params) + 1 + len([*unfrozen.core.parameters()]) and b.z is unfrozen.z
+    assert torch.equal(before.z, world.portal.z) and world.portal.core.W1.weight.requires_grad
+    assert all(torch.equal(p, q) for p, q in zip(before.core.parameters(), world.portal.core.parameters(), strict=True))
+
+
+def test_a_carried_lora_starts_where_the_transfer_ends(world):
+    generate, _ = starts.loras(world, carry=cross_lora.copy, factor=0.5)
+    carried = cross_lora.transfer(cross_lora.copy, world.loras, world.source, world.base)
+    items = encode(world.base.tokenizer, world.rows[next(iter(world.rows))][1], list(world.rows))[0]
+    with torch.no_grad():
+        own, half = (score(world.base, adapters, items, 999) for adapters in (
+            generate(), carried._replace(scale=carried.scale / 2)))
+    torch.testing.assert_close(torch.tensor(own), torch.tensor(half))
+
+
+def line(method, n, rounds, seed, search, correct, loss, lr=0.1, knob=""):
+    return dict(method=method, knob=knob, lr=lr, n=n, rounds=rounds, seed=seed, search=search, tokens=1, flops=2e9, seconds=3.4,
+                hardware="an abacus", commit="c", task="one", acc_norm=sum(correct) / len(correct), log_loss=loss,
+                rows=len(correct), correct=fair.pack(correct))
+
+
+def test_the_search_chooses_on_held_out_rows_and_nothing_is_done_twice(tmp_path, monkeypatch, capsys):
+    fits = []
+    def cell(method, knob, lr, n, rounds, seed, search):
+        fits.append((lr, knob, seed, search))
+        good = (lr, knob) == (0.2, "b")
+        return [line(method, n, rounds, seed, search, [True, good == search], 1.0, lr, knob)]  # on evaluation rows it is bad
+    monkeypatch.setattr(fair, "cell", cell)
+    monkeypatch.setattr(fair, "METHODS", {"lora": (None, (0.1, 0.2), {"a": {}, "b": {}}, (3, 6))})
+    argv = ["--n", "32", "--seeds", "0,1", "--out", str(tmp_path)]
+    fair.main(argv)
+    assert fits[:4] == [(0.1, "a", 0, True), (0.1, "b", 0, True), (0.2, "a", 0, True), (0.2, "b", 0, True)]
+    assert fits[4:6] == [(0.2, "b", 0, False), (0.2, "b", 1, False)] and len(fits) == 12
+    fair.main(argv)
+    assert len(fits) == 12 and (tmp_path / "fair.png").exists()
+    text = (tmp_path / "fair.md").read_text()
+    assert "| lora | 32 | 3 | 0.1 a: 0.500 / 1.000; 0.1 b: 0.500 / 1.000; 0.2 a: 0.500 / 1.000; 0.2 b: 1.000 / 1.000 |" in text
+    assert "| lora | 3 | 0.2 | b | 2 | 0.500 ± 0.000 | 1.000 ± 0.000 |" in text
+
+
+def test_the_table_compares_with_the_best_lora():
+    right = [True] * 16 + [False] * 4
+    lines = [line("lora", 32, 3, s, False, [True] * 10 + [False] * 10, 1.0) for s in (0, 1)]
+    lines += [line("lora", 32, 6, s, False, right, 0.5) for s in (0, 1)]
+    lines += [line("portal", 32, 3, s, False, right[:15] + [False] * 5, 0.7) for s in (0, 1)]
+    text = [row.strip("| ").split(" | ") for row in fair.table(lines).splitlines() if row.startswith(("| lora |", "| portal |"))]
+    assert [row[7].split(" [")[0] for row in text] == ["-0.300", "-", "-0.050"]
+    assert [row[-2] for row in text] == ["2", "2 *", "2"]
