@@ -226,3 +226,7 @@ def main(argv=None):
             for seed in args.seeds:
                 add(method, knob, lr, n, rounds, seed, False)
     draw(args.out, read_jsonl(path))
+
+
+if __name__ == "__main__":
+    run_main(main)
