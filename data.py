@@ -27,6 +27,7 @@ class Row(NamedTuple):
     prompt: str
     choices: list
     gold: int = 0
+    weights = None  # no field: see SoftRow
 
     @property
     def open(self):
@@ -35,6 +36,16 @@ class Row(NamedTuple):
     @property
     def kind(self):
         return "a completion" if self.open else "choices"
+
+
+class SoftRow(NamedTuple):
+    """A row that nobody has labelled: weights are a teacher's probabilities of the choices, gold its choice."""
+    task: str
+    prompt: str
+    choices: list
+    gold: int
+    weights: tuple
+    open = False
 
 
 INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u061c\u200b\u200e\u200f\u2060\ufeff"))  # a joiner changes what one sees

@@ -3,6 +3,7 @@
     python port.py                                 the toy run, to its two unseen bases
     python port.py --to gemma-3-4b --n 1000        n training rows a task; --n 50,100,200 refits once for each
     python port.py --align                         for few rows: P_in starts by regression on a source base
+    python port.py --teacher toy-qwen-m            without labels: fits to the answers of a base of the run
     python port.py --dry-run                       prints what that would take in memory and time
 
 A port starts at the identity (P_out is zero) and with the layer embeddings of a source base (portal.Converter). The
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 from bases import TOY_UNSEEN, find_base, load_base, reload_base, short_names
 from checkpoints import refuse_twin
-from data import MAX_LENGTH, load_run_tasks, print_fewer, sample
+from data import MAX_LENGTH, SoftRow, load_run_tasks, print_fewer, sample
 from frozen import same_depths
 from portal import Converter, layers_of
 from runtime.distributed import NO_BAR
@@ -23,7 +24,9 @@ from runtime.files import ROOT, BadInput, read_json, remove, today, write_json
 from runtime.flags import commas, parse, positive, run_main
 from runtime.job import DryRun, Job
 from runtime.resume import Journal, command_of, digests_of, forget
-from runtime.run_folder import find_run, load_config, load_portal, lock, save_converter
+from runtime.run_folder import find_run, load_config, load_portal, lock, provenances, save_converter
+from score import per_character, score
+from tokens import encode
 from train import REAL, TOY, fit, one_round, portal_learner, preset, resolve_settings, save_states
 
 ALIGN = 1000  # texts for `align`, in equal parts of all tasks
@@ -77,6 +80,22 @@ def align(converter, base, like, source, texts):
             continue
         ridge = 1e-2 * XX[g].diagonal().mean() * torch.eye(len(XX[g]), dtype=torch.float64, device=base.device)
         P_in.copy_(torch.linalg.solve(XX[g] + ridge, XY[g]).T)                       # [d_c, d_in]
+
+
+# ---------------------------------------------------------------------------------------------- a teacher's labels
+@torch.no_grad()
+def soft_rows(teacher, adapters, rows, tasks, max_tokens):
+    """Returns {id of a row: its SoftRow}, in which the answers of a base with its adapters take the label's place:
+    weights = softmax over the choices of log p(choice | prompt), gold = what acc_norm counts as its answer. Raises
+    BadInput for completions, which have no choices."""
+    if opened := [row.task for row in rows if row.open]:
+        raise BadInput(f"--teacher: task {opened[0]} is of completions; a teacher is asked about choices")
+    items, _ = encode(teacher.tokenizer, [row._replace(gold=0) for row in rows], tasks)
+    found = {}
+    for row, item, log_p in zip(rows, items, score(teacher, adapters, items, max_tokens)):
+        weights, scores = torch.tensor(log_p, dtype=torch.float64).softmax(0), per_character(item, log_p)
+        found[id(row)] = SoftRow(*row[:3], scores.index(max(scores)), tuple(round(float(w), 6) for w in weights))
+    return found
 
 
 # ---------------------------------------------------------------------------------------------- one port
@@ -158,8 +177,8 @@ def fits_to_do(run, args, seen, journal):
 
 
 def main(argv=None, how=Change()):
-    args = parse(__doc__, "to n align run data epochs batch-size lr max-tokens recompute seed device dtype device-map "
-                          "quantize allow-changed-base overwrite dry-run", argv, (TOY["port"], REAL["port"]),
+    args = parse(__doc__, "to n align teacher run data epochs batch-size lr max-tokens recompute seed device dtype "
+                          "device-map quantize allow-changed-base overwrite dry-run", argv, (TOY["port"], REAL["port"]),
                  n=dict(type=commas(positive(int)), metavar="N[,N]",
                         help="training rows a task; several: one refit each"))
     run = find_run(args.run)
@@ -176,19 +195,26 @@ def main(argv=None, how=Change()):
     seed = next(seed for seed in (args.seed, saved["seed"], 0) if seed is not None)
     folder = pathlib.Path(args.data or saved["data"] or ROOT / "data")
     data = load_run_tasks(saved, folder)
+    held = provenances(run)
     @functools.cache
-    def source(name):
-        return reload_base(seen[name], args.device, args.dtype, device_map=args.device_map,
-                           quantize=args.quantize or seen[name].get("quantize"),
-                           allow_changed=args.allow_changed_base)
+    def source(tag):
+        return reload_base(held[tag], args.device, args.dtype, device_map=args.device_map,
+                           quantize=args.quantize or held[tag].get("quantize"), allow_changed=args.allow_changed_base)
 
+    soft, teacher = {}, args.teacher and find_base(held, args.teacher, run)
+    if teacher and jobs:                                                             # its answers to all rows, once
+        most = max(n for _, fits in jobs for _, n in fits)
+        rows = [row for splits in data.values() for part in sample(splits["train"], most, seed) for row in part]
+        adapters = load_portal(run, [teacher]).to(args.device).adapters(teacher)
+        soft = soft_rows(source(teacher), adapters, rows, cfg.tasks, args.max_tokens or TOY["port"]["max_tokens"])
     for spec, fits in jobs:
         base = load_base(spec, args.device, args.dtype, args.recompute, args.device_map, args.quantize)
         refuse_twin(base, seen)                                                      # it would count as unseen
         settings = {k: v for k, v in resolve_settings(args, preset([base.name])["port"], cfg.norm).items() if k != "n"}
         for tag, n in fits:
             print_fewer(data, n)
-            rows = {task: sample(splits["train"], n, seed) for task, splits in data.items()}
+            drawn = {task: sample(splits["train"], n, seed) for task, splits in data.items()}
+            rows = {task: [[soft.get(id(row), row) for row in part] for part in parts] for task, parts in drawn.items()}
             portal = load_portal(run, list(seen)).to(args.device)
             job = (DryRun if args.dry_run else Job)(
                 f"port {tag}", settings, seed, run / "log.jsonl", state_of(run, tag))
@@ -196,8 +222,8 @@ def main(argv=None, how=Change()):
             if not args.dry_run:
                 save_port(run, tag, portal, learner, dict(
                     base=base.name, **base.provenance, ported=True, n=n, seed=seed, data=str(folder.resolve()),
-                    rows=digests_of(rows), epochs=settings["epochs"], seconds=round(job.seconds, 1),
-                    aligned=aligned), journal)
+                    rows=digests_of(drawn), epochs=settings["epochs"], seconds=round(job.seconds, 1),
+                    aligned=aligned, teacher=teacher), journal)
     if not args.dry_run:
         forget(journal.path)
 

@@ -37,6 +37,7 @@ class Item(NamedTuple):
     prompt: list
     continuations: list
     row: tuple  # the data.Row
+    weights: tuple = None  # of the continuations in training; None: of a single one, 1
 
     def length(self):
         """Return how many tokens go into the model: all but the last of each continuation, which predicts nothing."""
@@ -48,7 +49,10 @@ class Item(NamedTuple):
 
     def rows(self):
         """Return the items, with one continuation each unless that is no need, for layers that would mix several."""
-        return [self] if self.single() else [self._replace(continuations=[tokens]) for tokens in self.continuations]
+        if self.single():
+            return [self]
+        return [self._replace(continuations=[tokens], weights=self.weights and self.weights[k:k + 1])
+                for k, tokens in enumerate(self.continuations)]
 
 
 # ---------------------------------------------------------------------------------------------- the tokenizer
@@ -148,7 +152,8 @@ def to_items(tokenizer, rows, found, tasks, choices="all", max_length=MAX_LENGTH
     completion's prompt score.decode needs positions, too. Raises BadInput if an answer leaves its prompt fewer than 8.
     """
     positions = limits(tokenizer).length
-    answers = [[t.continuations[row.gold]] if choices == "gold" else t.continuations for row, t in zip(rows, found)]
+    answers = [[t.continuations[row.gold]] if choices == "gold" and not row.weights else t.continuations
+               for row, t in zip(rows, found)]
     decoded = max(16, 2 * max((len(own[0]) for row, own in zip(rows, answers) if row.open), default=0))
     items, cut = [], 0
     for row, (head, prompt, _), continuations in zip(rows, found, answers):
@@ -162,13 +167,13 @@ def to_items(tokenizer, rows, found, tasks, choices="all", max_length=MAX_LENGTH
         if len(prompt) > room:
             head = min(head, room - 1)
             prompt, cut = prompt[:head] + prompt[len(prompt) - room + head:], cut + 1
-        items.append(Item(tasks.index(row.task), prompt, continuations, row))
+        items.append(Item(tasks.index(row.task), prompt, continuations, row, row.weights))
     return items, cut
 
 
 def encode(tokenizer, rows, tasks, choices="all", max_length=MAX_LENGTH):
-    """Return (items, how many prompts were cut) of rows. `choices`: "all", or "gold" for training; an item's prompt is
-    the same either way. Raises BadInput: see tokenize and to_items.
+    """Return (items, how many prompts were cut) of rows. `choices`: "all", or "gold" for training, which of a row with
+    weights takes all, too; an item's prompt is the same either way. Raises BadInput: see tokenize and to_items.
 
     A completion ends with the EOS token, where decoding stops; it is trained on and counted in log_loss like the other
     answer tokens. Choices are only compared with each other and have none."""

@@ -54,22 +54,29 @@ def resolve_settings(args, default, norm=None):
 def task_gradients(base, adapters, items, max_tokens):
     """Returns losses [T] and the gradients of adapters.tensors() ([T, L, ...] each), of all tasks at once on one base.
 
-    The loss of task t is the NLL of the gold continuation, averaged over that task's answer tokens in `items`. A row
-    uses only its own task's slice of A and B, so one backward pass of the sum over tasks gives each task's own
-    gradient in row t; a weight of a task can be applied there afterwards. Several processes (runtime/distributed.py)
-    share the rows; each divides by the answer tokens of all, so that their losses and gradients add up."""
+    The loss of task t is the NLL of the gold continuation, averaged over that task's answer tokens in `items`; of an
+    item with weights, that of all its continuations, each times its weight. A row uses only its own task's slice of A
+    and B, so one backward pass of the sum over tasks gives each task's own gradient in row t; a weight of a task can be
+    applied there afterwards. Several processes (runtime/distributed.py) share the rows; each divides by the answer
+    tokens of all, so that their losses and gradients add up."""
     leaf = adapters.map(lambda a: a.detach().requires_grad_())
     tokens = torch.zeros(len(leaf.tensors()[0]))                                     # [T] answer tokens of each task
     for item in items:
-        tokens[item.task] += len(item.continuations[0])
-    assert all(len(item.continuations) == 1 for item in items), "training takes the gold continuation alone"
+        assert item.weights or len(item.continuations) == 1, "training takes the gold continuation alone"
+        tokens[item.task] += sum(w * len(own) for w, own in zip(item.weights or (1,), item.continuations))
+    soft = any(item.weights for item in items)
+    if soft and not base.packs:
+        items = [one for item in items for one in item.rows()]
     tokens = to_device(tokens, base.device)
     losses = torch.zeros_like(tokens)
     for part in micro_batches(shard(items), max_tokens):
         batch = collate(part, base.device)
         logits = full_precision(base.logits(batch, leaf))                            # [M, vocabulary]
         task = batch.task[batch.row]                                                 # [M]
-        nll = F.cross_entropy(logits, batch.target, reduction="none") / tokens[task]
+        nll = F.cross_entropy(logits[batch.source] if soft else logits, batch.target, reduction="none") / tokens[task]
+        if soft:
+            weights = [w for item in part for w in item.weights or (1,)]
+            nll = nll * to_device(torch.tensor(weights), base.device)[batch.owner]
         nll.sum().backward()
         losses.index_add_(0, task, nll.detach().float())
     gradients = [torch.zeros_like(a) if a.grad is None else a.grad for a in leaf.tensors()]  # None: an empty shard

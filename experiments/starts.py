@@ -1,8 +1,8 @@
 """Where a fit on an unseen base may start: LoRAs that are fresh or carried over, and ports of several kinds.
 
-A start is a function of a World and of its own settings. It returns generate(base name) -> Adapters and a list of
-stages, functions (lr, rounds) -> learners of train.fit; no stages: nothing is trained. experiments/fair.py compares
-them.
+A start is a function of a World and of its own settings. It returns generate(base name) -> Adapters, a list of stages,
+functions (lr, rounds) -> learners of train.fit, and the rows {task: (train, measured)} to fit to. experiments/fair.py
+compares them.
 """
 import copy, dataclasses, functools
 
@@ -11,7 +11,7 @@ import torch
 from baselines.cross_lora import transfer
 from baselines.lora import TaskLoRAs
 from frozen import Base, same_depths
-from port import ALIGN, align, layer_inputs
+from port import ALIGN, align, layer_inputs, soft_rows
 from portal import Adapters, Converter, Core, Portal, layers_of
 from train import Learner
 
@@ -49,6 +49,13 @@ class World:
         return dict(converter.P_in)
 
     @functools.cached_property
+    def taught(self):
+        """The rows with the answers of the source, with its generated adapters, as the labels of those of train."""
+        train = [row for rows, _ in self.rows.values() for row in rows]
+        soft = soft_rows(self.source, self.portal.adapters(self.source.name), train, list(self.rows), 4096)
+        return {task: ([soft[id(row)] for row in rows], measured) for task, (rows, measured) in self.rows.items()}
+
+    @functools.cached_property
     def P_out(self):
         """{g: P_out} by aligned_P_out."""
         return aligned_P_out(self)
@@ -68,14 +75,16 @@ def loras(world, rank=16, carry=None, factor=1):
                 own.B[g][t].data.copy_(start.B[g][t] * factor * start.scale / own.scale)
     def learners(lr, rounds):
         return [Learner([{"params": own.of(t), "lr": lr}], [task], rounds, 1) for t, task in enumerate(tasks)]
-    return own.adapters, [learners]
+    return own.adapters, [learners], world.rows
 
 
 # ---------------------------------------------------------------------------------------------- ports
-def ports(world, aligned=False, P_out=False, whiten=None, untrained=False, swapped=False, unfreeze=False):
+def ports(world, aligned=False, P_out=False, whiten=None, untrained=False, swapped=False, unfreeze=False,
+          teacher=False):
     """A port. aligned: P_in starts as port.py --align has it; P_out: P_out as aligned_P_out has it; whiten: the eps of
     `whitened`; untrained: the core is a new one, its B-heads as large as the trained ones'; swapped: each task has
-    another one's latent; unfreeze: the last third of the rounds trains latents and core, too."""
+    another one's latent; unfreeze: the last third of the rounds trains latents and core, too; teacher: the labels are
+    the source's answers, as with port.py --teacher."""
     portal, converter = copy.deepcopy(world.portal), world.converter()
     if untrained:
         portal.core = untrained_core(portal.core)
@@ -94,7 +103,7 @@ def ports(world, aligned=False, P_out=False, whiten=None, untrained=False, swapp
         for p in frozen:
             p.requires_grad_(True)
         return [Learner(portal.rates(lr * UNFREEZE), list(world.rows), rounds // 3, 1, portal.z)]
-    return portal.adapters, [learners, unfrozen] if unfreeze else [learners]
+    return portal.adapters, [learners, unfrozen] if unfreeze else [learners], world.taught if teacher else world.rows
 
 
 def untrained_core(core):

@@ -128,6 +128,8 @@ FLAGS = {
         "modules": dict(metavar="A,B", help="adapted projections: 'all' or some of q,k,v,o,gate,up,down"),
         "rank": dict(NUMBER, help="rank of the generated adapters"),
         "align": dict(SWITCH, help="start P_in by regression on one of the run's bases, also loaded; needs fewer rows"),
+        "teacher": dict(metavar="BASE", help="fit to the answers of this base of the run, with its own adapters,"
+                                             " instead of to labels"),
         "norm": dict(choices=["layer", "none"], help="LayerNorm in the trunk, or the write-up's trunk as printed")},
     "the optimiser": {
         "epochs": dict(NUMBER, help="passes over the largest task"),

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from runtime.files import BadInput
 from runtime.job import Job
 from data import Cycle, encode, micro_batches
+from tokens import Item
 from frozen import Base
 from portal import Config, Converter, Portal
 from score import delta_ratio
@@ -149,6 +150,35 @@ def test_a_round_on_a_gpu_gives_the_cpus_numbers_and_never_waits():
         found.append([losses.cpu(), portal.z.detach().cpu()])
     for cpu, cuda in zip(*found):
         torch.testing.assert_close(cpu, cuda, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize("max_tokens", [1, 10_000])
+def test_weights_of_continuations_weigh_their_nll(packs, max_tokens):
+    """Loss and gradients, float64, against an unpatched model that sees a continuation at a time; beside such items, one
+    with a gold continuation alone."""
+    base, portal = tiny_base(dtype=torch.float64), None
+    exact_norms(base.model)
+    base.__dict__["packs"] = packs                                                   # as if the layers ignored masks
+    portal = make_portal(base)
+    portal.core.double(), portal.converters["tiny"].double()
+    portal.z.data = portal.z.data.double()
+    items = [Item(t, tokens, [[7, 8, 9], [10], [11, 12]], None, w) for t, tokens, w in
+             ((0, [5, 6], (0.5, 0.25, 0.25)), (1, [20, 21, 22], (0.0, 0.0, 1.0)), (0, [30], (0.125, 0.75, 0.125)))]
+    items.append(Item(1, [40, 41], [[42, 43]], None))
+    adapters = portal.adapters("tiny")
+    losses, gradients = task_gradients(base, adapters, items, max_tokens)
+
+    model, leaf = exact_norms(tiny_model(dtype=torch.float64)), adapters.map(lambda a: a.detach().requires_grad_())
+    for t in (0, 1):
+        pairs = [(item._replace(continuations=[own]), w) for item in items if item.task == t
+                 for own, w in zip(item.continuations, item.weights or (1,))]
+        total = sum(w * len(one.continuations[0]) for one, w in pairs)
+        loss = sum(w * len(one.continuations[0]) * plain_loss(model, of_task(leaf, t), [one]) for one, w in pairs) / total
+        loss.backward()
+        assert abs(losses[t] - loss) < 1e-6
+    for got, want in zip(gradients, leaf.tensors(), strict=True):
+        torch.testing.assert_close(got, want.grad, rtol=1e-6, atol=1e-9)
 
 
 def test_recomputed_layers_give_the_same_gradients():
