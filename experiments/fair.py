@@ -46,8 +46,8 @@ METHODS = {  # name: (start, rates, {knob: settings}, numbers of rounds)
                               (112,)),
     "portal latents swapped": (ports, PORT, {"": dict(swapped=True), "whitened": dict(swapped=True, whiten=0.1)},
                                (112,)),
-    "portal core untrained and latents swapped": (ports, PORT, {"": dict(untrained=True, swapped=True), "whitened": dict(
-        untrained=True, swapped=True, whiten=0.1)}, (112,)),
+    "portal core untrained and latents swapped": (ports, PORT, {"": dict(untrained=True, swapped=True), "whitened":
+        dict(untrained=True, swapped=True, whiten=0.1)}, (112,)),
     "portal aligned to a teacher": (ports, PORT, {"": dict(aligned=True, teacher=True), "whitened": dict(
         aligned=True, teacher=True, whiten=0.1)}, (112,)),
     "portal core unfrozen at the end": (ports, PORT, {"": dict(unfreeze=True), "whitened": dict(
@@ -212,7 +212,8 @@ def draw(folder, lines):
 
 def main(argv=None):
     args = parse(__doc__, "methods n seeds out", argv, n=dict(type=commas(positive(int)), default=ROWS, metavar="N,N"),
-                 methods=dict(type=some_of(METHODS), default=METHODS, help="some of METHODS"), out=dict(default=ROOT / "results"),
+                 methods=dict(type=some_of(METHODS), default=METHODS, help="some of METHODS"),
+                 out=dict(default=ROOT / "results"),
                  seeds=dict(type=commas(seed_of), default=(0, 1, 2), metavar="N,N", help="of what is measured"))
     path = args.out / "fair.jsonl"
     def add(method, knob, lr, n, rounds, seed, search):

@@ -67,28 +67,33 @@ def measure(kind, base, source, rows, lr):
         return portal, read_jsonl(log), job.bare
 
 
+def preset_lr(kind):
+    return (REAL["port"] if kind == "port" else REAL)["lr"]
+
+
 def table(cells):
     """The cells as a Markdown table, a line a cell; log-losses by epoch at the preset's rate."""
     lines = []
     for (kind, base, tasks, n), own in pd.DataFrame(cells).groupby(["kind", "base", "tasks", "n"], sort=False):
-        own = own.drop_duplicates("factor", keep="last").sort_values("factor")
-        preset, ends = own[own["factor"] == 1], own["losses"].map(lambda losses: losses[-1])
-        if preset.empty:
-            continue
-        losses, bare = preset["losses"].iloc[0], preset["bare"].iloc[0]
-        below, near = max(losses[1:]) <= bare, losses[-1] <= ends.min() + 0.1
-        lines.append(dict(zip(("fit", "base", "tasks", "n"), (kind, base, tasks, n))) | {
-            "bare": f"{bare:.2f}", "preset": f"{preset['lr'].iloc[0]:.3g}",
-            "by epoch": " ".join(f"{loss:.2f}" for loss in losses),
-            "all rates' last epoch": ", ".join(f"{lr:.2g}: {end:.2f}" for lr, end in zip(own["lr"], ends)),
-            "BAx / Wx": f"{preset['ratios'].iloc[0][-1]:.2g}", "never above bare": "yes" if below else "**no**",
-            "best - preset": "not measured" if len(own) < 5 else f"{ends.min() - losses[-1]:.2f}" if near else
-            f"**{ends.min() - losses[-1]:.2f}**"})
+        own = own.drop_duplicates("lr", keep="last").sort_values("lr")
+        preset, ends = own[own["lr"] == preset_lr(kind)], own["losses"].map(lambda losses: losses[-1])
+        rates = ", ".join(f"{lr:.2g}: {end:.2f}" for lr, end in zip(own["lr"], ends))
+        line = dict(zip(("fit", "base", "tasks", "n"), (kind, base, tasks, n))) | {
+            "bare": f"{own['bare'].iloc[0]:.2f}", "preset": None, "by epoch": None, "all rates' last epoch": rates}
+        if len(preset):
+            losses, bare = preset["losses"].iloc[0], preset["bare"].iloc[0]
+            gap = f"{ends.min() - losses[-1]:.2f}"
+            line |= {"preset": f"{preset_lr(kind):g}", "by epoch": " ".join(f"{loss:.2f}" for loss in losses),
+                     "BAx / Wx": f"{preset['ratios'].iloc[0][-1]:.2g}",
+                     "never above bare": "yes" if max(losses[1:]) <= bare else "**no**",
+                     "best - preset": None if len(own) < 5 else
+                     gap if losses[-1] <= ends.min() + 0.1 else f"**{gap}**"}
+        lines.append(line)
     commits, machines = (", ".join(dict.fromkeys(c[key] for c in cells)) for key in ("commit", "hardware"))
     return "\n".join([
         "# Whether the presets' learning rates hold", "",
         "Held-out log-loss after each of three epochs at the preset's rate, after the last at all rates, and |BAx| /",
-        "|Wx| at the end (experiments/presets.py). A cell with fewer than five rates is not done yet.", "",
+        "|Wx| at the end (experiments/presets.py). \"-\": not measured.", "",
         f"`python -m experiments.presets`, one seed, {machines}, commit {commits}.", "",
         *markdown(lines), ""])
 
@@ -106,23 +111,25 @@ def main(argv=None):
                  out=dict(default=ROOT / "results"),
                  n=dict(type=commas(positive(int)), default=ROWS, metavar="N,N", help="training rows a task"))
     path, folders, first = args.out / "presets.jsonl", {"toy": ROOT / "toy/data", "real": args.data}, args.bases[0]
-    done = {(c["kind"], c["base"], c["tasks"], c["n"], c["factor"]) for c in read_jsonl(path)}
+    done = {(c["kind"], c["base"], c["tasks"], c["n"], c["lr"]) for c in read_jsonl(path)}
+    def rate(kind, factor):
+        return float(f"{factor * preset_lr(kind):.3g}")
     loaded = functools.cache(lambda spec: load_base(spec, args.device, args.dtype))
     @functools.cache
     def fitted(kind, spec, tasks, n, factor, more=()):
-        lr = factor * (REAL["port"] if kind == "port" else REAL)["lr"]
+        lr = rate(kind, factor)
         others = MORE if kind == "latent" else ()                                    # of the source
         source = None if kind == "source" else fitted("source", first, tasks, SOURCE, 1, others)[0]
         rows = rows_of(folders[tasks], [*([NEW] if kind == "latent" else TASKS[tasks]), *more], n)
         found = measure(kind, loaded(spec), source, rows, lr)
         if not more:
-            append_jsonl(path, dict(line_of(kind, loaded(spec), lr, found), tasks=tasks, n=n, factor=factor))
+            append_jsonl(path, dict(line_of(kind, loaded(spec), lr, found), tasks=tasks, n=n))
             write_whole(args.out / "presets.md", lambda file: file.write_text(table(read_jsonl(path))))
         return found
 
     for factor, n, tasks, spec in itertools.product(FACTORS, args.n, TASKS, args.bases):  # the presets first
         for kind in ("source", *(["port"] if spec != first else ["latent"] if tasks == "toy" else [])):
-            if folders[tasks] and (kind, loaded(spec).name, tasks, n, factor) not in done:
+            if folders[tasks] and (kind, loaded(spec).name, tasks, n, rate(kind, factor)) not in done:
                 fitted(kind, spec, tasks, n, factor)
 
 
