@@ -18,6 +18,7 @@ from bases import TOY_UNSEEN, find_base, load_base, reload_base, short_names
 from checkpoints import refuse_twin
 from data import MAX_LENGTH, SoftRow, load_run_tasks, print_fewer, sample
 from frozen import same_depths
+from learner import portal_learner, save_states
 from portal import Converter, layers_of
 from runtime.distributed import NO_BAR
 from runtime.files import ROOT, BadInput, read_json, remove, today, write_json
@@ -27,7 +28,7 @@ from runtime.resume import Journal, command_of, digests_of, forget
 from runtime.run_folder import find_run, load_config, load_portal, lock, provenances, save_converter
 from score import per_character, score
 from tokens import encode
-from train import REAL, TOY, fit, one_round, portal_learner, preset, resolve_settings, save_states
+from train import REAL, TOY, fit, one_round, preset, resolve_settings
 
 ALIGN = 1000  # texts for `align`, in equal parts of all tasks
 
@@ -100,7 +101,7 @@ def soft_rows(teacher, adapters, rows, tasks, max_tokens):
 
 # ---------------------------------------------------------------------------------------------- one port
 class Change(NamedTuple):
-    """What an ablation hands in: change(converter) before the first step; rates, see train.portal_learner; weigh,
+    """What an ablation hands in: change(converter) before the first step; rates, see learner.portal_learner; weigh,
     step: see train.fit."""
     change: Callable = lambda converter: None
     rates: dict = {}

@@ -1,10 +1,11 @@
 """Other ways to adapt a base, fitted on the rows that the base's converter was fitted on."""
+from learner import save_states
 from runtime.distributed import barrier
 from runtime.files import remove, today, write_json
 from runtime.job import Job
 from runtime.resume import forget
 from runtime.run_folder import save_adapters
-from train import fit, save_states
+from train import fit
 
 
 def fit_baseline(run, method, base, rows, provenance, settings, generate, learners):

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from baselines import fit_baseline
+from learner import Learner, rounds_of
 from portal import Adapters, layers_of
-from train import Learner, rounds_of
 
 RANK, ALPHA = 16, 32
 

@@ -8,11 +8,12 @@ import torch
 
 from bases import find_base, reload_base
 from data import load_tasks, sample
+from learner import portal_learner
 from runtime.files import BadInput, today, write_json
 from runtime.job import DryRun, Job
 from runtime.resume import digests_of, forget
 from runtime.run_folder import find_run, load_config, load_portal, load_tensors, lock, provenances, save_tensors
-from train import fit, portal_learner, preset, resolve_settings
+from train import fit, preset, resolve_settings
 
 
 def bases_for(args, run, saved, cfg):

@@ -22,6 +22,7 @@ from torch import nn
 from baselines.lora import TaskLoRAs, lora_learners
 from bases import load_base
 from data import Row, encode, sample
+from learner import portal_learner
 from portal import Config, Converter, Portal
 from runtime.files import append_jsonl, read_jsonl, require_same, write_json
 from runtime.flags import commas, parse, run_main, seed
@@ -31,7 +32,7 @@ from runtime.resume import forget
 from runtime.run_folder import OUT, load_tensors, lock, save_tensors
 from score import evaluate
 from toy import grid
-from train import TOY, fit, portal_learner
+from train import TOY, fit
 
 # A name has 8 skills and a kind 12. The i-th name and the i-th kind: each name is held out once or twice, each kind
 # twice, so all of them occur in the other 80 tasks.

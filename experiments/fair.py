@@ -23,6 +23,7 @@ from experiments.cells import markdown, numbers, over_seeds, spread
 from experiments.paper import dims_of, flops, generator_flops
 from experiments.starts import World, loras, ports
 from experiments.tables import TOLERANCE
+from learner import portal_learner
 from portal import Config, Converter, Portal
 from runtime.files import ROOT, append_jsonl, read_jsonl, write_whole
 from runtime.flags import commas, parse, positive, run_main, some_of
@@ -30,7 +31,7 @@ from runtime.flags import seed as seed_of
 from runtime.job import Job
 from runtime.report import commit, drawing, hardware, pack, unpack
 from score import evaluate, macro
-from train import TOY, fit, portal_learner
+from train import TOY, fit
 
 DATA, TARGET, HELD = ROOT / "toy/data", "toy-gemma", 60
 ROWS, ROUNDS, SEARCHED = (32, 125, 1000), (28, 56, 112, 224), 112

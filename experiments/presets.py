@@ -19,13 +19,14 @@ from bases import load_base
 from data import load_tasks
 from experiments.add_task import new_latent
 from experiments.cells import markdown
+from learner import portal_learner
 from port import port
 from portal import Config, Converter, Portal
 from runtime.files import ROOT, append_jsonl, read_jsonl, write_whole
 from runtime.flags import commas, parse, positive, run_main, some_of
 from runtime.job import Job
 from runtime.report import commit, hardware
-from train import REAL, fit, portal_learner
+from train import REAL, fit
 
 TASKS = {"toy": ["largest", "second"], "real": ["cb", "wsc", "arc_easy"]}
 MORE = ("first", "last", "third", "smallest", "animal", "fruit")

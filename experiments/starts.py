@@ -11,9 +11,9 @@ import torch
 from baselines.cross_lora import transfer
 from baselines.lora import TaskLoRAs
 from frozen import Base, same_depths
+from learner import Learner
 from port import ALIGN, align, layer_inputs, soft_rows
 from portal import Adapters, Converter, Core, Portal, layers_of
-from train import Learner
 
 UNFREEZE = 0.1  # the rate of a port's last rounds with the core unfrozen, of that of its converter
 

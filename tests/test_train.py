@@ -8,6 +8,7 @@ from conftest import exact_norms, lora_hooks, plain_loss, tiny_base, tiny_model,
 from helpers import NeverWaits, make_portal, of_task, small_rows, some_items
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from learner import Learner, portal_learner
 from runtime.files import BadInput
 from runtime.job import Job
 from data import Cycle, encode, micro_batches
@@ -15,7 +16,7 @@ from tokens import Item
 from frozen import Base
 from portal import Config, Converter, Portal
 from score import delta_ratio
-from train import REAL, EMA, Learner, balance, fit, one_round, portal_learner, resolve_settings, task_gradients
+from train import REAL, EMA, balance, fit, one_round, resolve_settings, task_gradients
 
 
 SETTINGS = dict(epochs=1, batch_size=1, lr=1e-3, least=1)

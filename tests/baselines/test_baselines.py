@@ -9,12 +9,13 @@ import eval as evaluation, port, train
 from baselines.cross_lora import FACTORS, copy, cross_lora, delta_norm, random, subspace, transfer, transfer_all
 from baselines.lora import TaskLoRAs, iso_sizes
 from data import Cycle, Row, encode
+from learner import Learner, rounds_of
 from portal import MODULES, Adapters, Config, Converter, same_depth
 from runtime.files import read_json
 from runtime.job import Job
 from runtime.run_folder import load_adapters, load_portal, save_adapters
 from score import evaluate
-from train import Learner, fit, rounds_of
+from train import fit
 
 
 def rows_of(sizes):
