@@ -126,6 +126,17 @@ def test_the_table_compares_with_the_best_lora():
     lines = [line("lora", 32, 3, s, False, [True] * 10 + [False] * 10, 1.0) for s in (0, 1)]
     lines += [line("lora", 32, 6, s, False, right, 0.5) for s in (0, 1)]
     lines += [line("portal", 32, 3, s, False, right[:15] + [False] * 5, 0.7) for s in (0, 1)]
-    text = [row.strip("| ").split(" | ") for row in fair.table(lines).splitlines() if row.startswith(("| lora |", "| portal |"))]
+    page = fair.table(lines).partition("## 32 rows")[2].splitlines()
+    text = [row.strip("| ").split(" | ") for row in page if row.startswith(("| lora |", "| portal |"))]
     assert [row[7].split(" [")[0] for row in text] == ["-0.300", "-", "-0.050"]
     assert [row[-2] for row in text] == ["2", "2 *", "2"]
+
+
+def test_what_it_takes_counts_from_the_cheapest_lora_on_its_plateau():
+    def of(method, n, rounds, right, flops):
+        return [dict(line(method, n, rounds, s, False, [True] * right + [False] * (400 - right), 1.0), flops=flops) for s in (0, 1)]
+    lines = [*of("lora", 32, 9, 390, 3e9), *of("lora", 125, 6, 399, 2e9), *of("lora", 125, 9, 400, 8e9),
+             *of("portal", 32, 3, 398, 1e9), *of("portal", 32, 9, 400, 4e9), *of("portal", 125, 9, 397, 1e9)]
+    text = fair.reach(fair.results(lines))
+    assert text[1] == "## Within 0.005 of the LoRA's plateau, 1.000"
+    assert [row.strip("| ").split(" | ") for row in text[5:]] == [["portal", "32", "3", "1", "0.50"], ["lora", "125", "6", "2", "1.00"]]
