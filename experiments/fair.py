@@ -24,7 +24,7 @@ from experiments.paper import dims_of, flops, generator_flops
 from experiments.starts import World, loras, ports
 from experiments.tables import TOLERANCE
 from learner import portal_learner
-from portal import Config, Converter, Portal
+from portal import MODULES, Config, Converter, Portal
 from runtime.files import ROOT, append_jsonl, read_jsonl, write_whole
 from runtime.flags import commas, parse, positive, run_main, some_of
 from runtime.flags import seed as seed_of
@@ -36,10 +36,12 @@ from train import TOY, fit
 DATA, TARGET, HELD = ROOT / "toy/data", "toy-gemma", 60
 ROWS, ROUNDS, SEARCHED = (32, 125, 1000), (28, 56, 112, 224), 112
 LORA, PORT = (3e-3, 1e-2, 2e-2), (0.75, 1.5, 3.0)                                    # three rates for each
+ALL = "portal aligned and of all modules"  # the others' cores are of q and v
 METHODS = {  # name: (start, rates, {knob: settings}, numbers of rounds)
     "lora": (loras, LORA, {"rank 16": dict(rank=16), "rank 4": dict(rank=4)}, ROUNDS),
     "portal": (ports, PORT, {"": {}, "whitened": dict(whiten=0.1)}, (112,)),
     "portal aligned": (ports, PORT, {"": dict(aligned=True), "whitened": dict(aligned=True, whiten=0.1)}, ROUNDS),
+    ALL: (ports, PORT, {"": dict(aligned=True), "whitened": dict(aligned=True, whiten=0.1)}, (56, 112)),
     "portal aligned with P_out": (ports, PORT, {"": dict(aligned=True, P_out=True), "whitened": dict(
         aligned=True, P_out=True, whiten=0.1)}, (112,)),
     "portal carried without training": (ports, (), {"": dict(aligned=True, P_out=True)}, (0,)),
@@ -85,33 +87,40 @@ def rows_of(n, seed, search):
 
 
 @functools.cache
-def trained(seed, search):
-    """Returns the toy's source bases {name: Base}, a Portal trained on them at the preset, and LoRAs of the last."""
-    bases, rows = {name: loaded(name) for name in TOY_SEEN}, rows_of(1000, seed, search)
+def trained(seed, search, modules):
+    """Returns a Portal trained on the toy's source bases at the preset."""
+    bases, rows = [loaded(name) for name in TOY_SEEN], rows_of(1000, seed, search)
     torch.manual_seed(seed)
-    portal = Portal(Config(tasks=list(rows), **TOY["sizes"]))
-    for base in bases.values():
+    portal = Portal(Config(tasks=list(rows), modules=list(modules), **TOY["sizes"]))
+    for base in bases:
         portal.converters[base.name] = Converter(portal.cfg, base.groups_of(portal.cfg.modules))
     rounds = -(-max(len(train) for train, _ in rows.values()) // TOY["batch_size"]) * TOY["epochs"]
     learner = portal_learner(portal, rows, TOY | dict(least=rounds, epochs=1))
-    run(list(bases.values()), portal.adapters, [learner], rows, seed)
-    source = bases[TOY_SEEN[-1]]
-    torch.manual_seed(seed)
-    generate, (learners,), _ = loras(World(source, portal, source, None, rows))
-    run([source], generate, learners(TOY["lora"]["lr"], rounds // 2), rows, seed)
-    return source, portal, generate()
+    run(bases, portal.adapters, [learner], rows, seed)
+    return portal
 
 
 @functools.cache
-def world(n, seed, search):
-    source, portal, source_loras = trained(seed, search)
-    return World(loaded(TARGET), portal, source, source_loras, rows_of(n, seed, search))
+def source_loras(seed, search):
+    """Returns LoRAs of the last of the source bases, fitted at the preset."""
+    source, rows = loaded(TOY_SEEN[-1]), rows_of(1000, seed, search)
+    torch.manual_seed(seed)
+    generate, (learners,), _ = loras(World(source, None, source, None, rows))
+    rounds = -(-max(len(train) for train, _ in rows.values()) // TOY["batch_size"])
+    run([source], generate, learners(TOY["lora"]["lr"], rounds), rows, seed)
+    return generate()
+
+
+@functools.cache
+def world(n, seed, search, modules):
+    return World(loaded(TARGET), trained(seed, search, modules), loaded(TOY_SEEN[-1]),
+                 functools.partial(source_loras, seed, search), rows_of(n, seed, search))
 
 
 def cell(method, knob, lr, n, rounds, seed, search):
     """Fits and measures once. Returns a line for each task."""
     start, _, knobs, _ = METHODS[method]
-    here = world(n, seed, search)
+    here = world(n, seed, search, tuple(MODULES if method == ALL else Config([]).modules))
     base, rows = here.base, here.rows
     torch.manual_seed(seed)
     generate, stages, train_rows = start(here, **knobs[knob])

@@ -5,6 +5,7 @@ functions (lr, rounds) -> learners of train.fit, and the rows {task: (train, mea
 compares them.
 """
 import copy, dataclasses, functools
+from typing import Callable
 
 import torch
 
@@ -13,7 +14,7 @@ from baselines.lora import TaskLoRAs
 from frozen import Base, same_depths
 from learner import Learner
 from port import ALIGN, align, layer_inputs, soft_rows
-from portal import Adapters, Converter, Core, Portal, layers_of
+from portal import Converter, Core, Portal, layers_of
 
 UNFREEZE = 0.1  # the rate of a port's last rounds with the core unfrozen, of that of its converter
 
@@ -25,7 +26,7 @@ class World:
     base: Base
     portal: Portal
     source: Base
-    loras: Adapters
+    loras: Callable                                                                  # () -> Adapters
     rows: dict
 
     @functools.cached_property
@@ -68,7 +69,7 @@ def loras(world, rank=16, carry=None, factor=1):
     tasks = list(world.rows)
     own = TaskLoRAs(len(tasks), world.base, rank=rank, alpha=2 * rank)
     if carry:
-        start = transfer(carry, world.loras, world.source, world.base)
+        start = transfer(carry, world.loras(), world.source, world.base)
         for g in own.A:
             for t in range(len(tasks)):
                 own.A[g][t].data.copy_(start.A[g][t])

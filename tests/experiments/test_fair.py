@@ -22,7 +22,7 @@ def world():
     with torch.no_grad():
         own, *_ = starts.loras(starts.World(source, portal, source, None, rows))
         loras = own().map(torch.randn_like)
-    return starts.World(base, portal, source, loras, rows)
+    return starts.World(base, portal, source, lambda: loras, rows)
 
 
 def test_whitening_changes_the_steps_and_not_the_adapters(world):
@@ -87,7 +87,7 @@ def test_ports_leave_the_world_as_it_is_and_start_as_named(world):
 
 def test_a_carried_lora_starts_where_the_transfer_ends(world):
     generate, *_ = starts.loras(world, carry=cross_lora.copy, factor=0.5)
-    carried = cross_lora.transfer(cross_lora.copy, world.loras, world.source, world.base)
+    carried = cross_lora.transfer(cross_lora.copy, world.loras(), world.source, world.base)
     items = encode(world.base.tokenizer, world.rows[next(iter(world.rows))][1], list(world.rows))[0]
     with torch.no_grad():
         own, half = (score(world.base, adapters, items, 999) for adapters in (
