@@ -226,8 +226,9 @@ def draw(folder, lines):
                 if own["rounds"].nunique() > 1:
                     by_seed = own.groupby(["rounds", "seed"])[["flops", "log_loss"]].mean()
                     mean, sd = (f(by_seed.groupby("rounds")) for f in (lambda g: g.mean(), lambda g: g.std()))
-                    axes.errorbar(mean["flops"], mean["log_loss"], sd["log_loss"], marker="o", capsize=3, label=method)
-            axes.set(xscale="log", yscale="log", xlabel="FLOPs of the fit", ylabel="log-loss", title=f"{n} rows a task")
+                    axes.errorbar(mean["flops"] / 1e9, mean["log_loss"], sd["log_loss"], marker="o", capsize=3,
+                                  label=method)
+            axes.set(yscale="log", xlabel="GFLOPs of the fit", ylabel="log-loss", title=f"{n} rows a task")
             if axes.lines:
                 axes.legend(frameon=False, fontsize="small")
 
