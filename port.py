@@ -215,7 +215,8 @@ def main(argv=None, how=Change()):
         for tag, n in fits:
             print_fewer(data, n)
             drawn = {task: sample(splits["train"], n, seed) for task, splits in data.items()}
-            rows = {task: [[soft.get(id(row), row) for row in part] for part in parts] for task, parts in drawn.items()}
+            rows = {task: tuple([soft.get(id(row), row) for row in part] for part in parts)
+                    for task, parts in drawn.items()}
             portal = load_portal(run, list(seen)).to(args.device)
             job = (DryRun if args.dry_run else Job)(
                 f"port {tag}", settings, seed, run / "log.jsonl", state_of(run, tag))

@@ -83,7 +83,7 @@ def test_a_teachers_weights_are_its_probabilities_of_the_choices():
         handles, log_p = lora_hooks(model, *of_task(adapters, t)), []
         for choice in row.choices:
             prompt, both = (base.tokenizer(text).input_ids for text in (row.prompt, row.prompt + choice))
-            found = model(input_ids=torch.tensor([both])).logits[0].log_softmax(-1)
+            found = model(input_ids=torch.tensor([both])).logits[0].log_softmax(-1).detach()
             log_p.append(sum(float(found[k - 1, both[k]]) for k in range(len(prompt), len(both))))
         for handle in handles:
             handle.remove()
