@@ -140,7 +140,7 @@ def test_training_killed_at_any_time(world):
     whole, rng, codes = time.time() - began, random.Random(1), []
     while 0 not in codes:
         pid = start(train, *TRAIN, "--run", "got", prepare=save_every_round)
-        time.sleep(rng.uniform(0.2, 0.5) * whole * (1 + len(codes) / 4))
+        time.sleep(rng.uniform(0.1, 0.3) * whole * (1 + len(codes) / 4))
         try:
             os.kill(pid, signal.SIGKILL)
         finally:
