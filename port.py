@@ -34,6 +34,11 @@ ALIGN = 1000  # texts for `align`, in equal parts of all tasks
 
 
 # ---------------------------------------------------------------------------------------------- P_in at the start
+def texts_of(rows):
+    """The prompts that an alignment reads, of rows {task: (train, held out)}."""
+    return [row.prompt for train, _ in rows.values() for row in train[:max(1, ALIGN // len(rows))]]
+
+
 @torch.no_grad()
 def layer_inputs(base, text, modules):
     """Returns what the sites of `base` read at the S tokens of a text, {(m, layer): [S, d_in]} of those that text
@@ -51,6 +56,14 @@ def layer_inputs(base, text, modules):
     return found, {end: k for k, (start, end) in enumerate(tokens.offset_mapping) if end > start}
 
 
+def shared_inputs(base, source, text, modules):
+    """Returns layer_inputs of two bases at the tokens of a text that end at the same characters, in the same order."""
+    (x, ends), (source_x, source_ends) = layer_inputs(base, text, modules), layer_inputs(source, text, modules)
+    shared = sorted(ends.keys() & source_ends.keys())
+    at, source_at = [ends[c] for c in shared], [source_ends[c] for c in shared]
+    return {key: own[at] for key, own in x.items()}, {key: own[source_at] for key, own in source_x.items()}
+
+
 @torch.no_grad()
 def align(converter, base, like, source, texts):
     """Sets P_in by ridge regression towards the inputs of the core on `source`, a base it was trained on; `like` is the
@@ -66,15 +79,13 @@ def align(converter, base, like, source, texts):
     source_P = {g: P.double() for g, P in like.P_in.items()}                         # [d_c, d_in of the source]
     what = f"aligning {base.name} with {source.name}"
     for text in tqdm(texts, desc=what, unit="text", delay=2, leave=False, disable=NO_BAR):
-        (x, ends), (source_x, source_ends) = layer_inputs(base, text, modules), layer_inputs(source, text, modules)
-        shared = sorted(ends.keys() & source_ends.keys())
-        at, source_at = [ends[c] for c in shared], [source_ends[c] for c in shared]
+        x, source_x = shared_inputs(base, source, text, modules)
         for m in modules:
             for (layer, g, _), (source_layer, source_g, _) in same_depths(base, source, m):
                 if (m, layer) not in x or (m, source_layer) not in source_x:
                     continue
-                X = x[m, layer][at].double()                                         # [S, d_in]
-                Y = source_x[m, source_layer][source_at].double() @ source_P[source_g].T     # [S, d_c]
+                X = x[m, layer].double()                                             # [S, d_in]
+                Y = source_x[m, source_layer].double() @ source_P[source_g].T                # [S, d_c]
                 XX[g], XY[g] = XX[g] + X.T @ X, XY[g] + X.T @ Y
     for g, P_in in converter.P_in.items():
         if not torch.is_tensor(XX[g]):                                               # text does not reach these sites
@@ -97,6 +108,13 @@ def soft_rows(teacher, adapters, rows, tasks, max_tokens):
         weights, scores = torch.tensor(log_p, dtype=torch.float64).softmax(0), per_character(item, log_p)
         found[id(row)] = SoftRow(*row[:3], scores.index(max(scores)), tuple(round(float(w), 6) for w in weights))
     return found
+
+
+def answers(run, tag, teacher, data, n, seed, max_tokens):
+    """Returns soft_rows of the first n rows of every task's sample, with the adapters of a run's converter `tag`."""
+    rows = [row for splits in data.values() for part in sample(splits["train"], n, seed) for row in part]
+    portal = load_portal(run, [tag]).to(teacher.device)
+    return soft_rows(teacher, portal.adapters(tag), rows, portal.cfg.tasks, max_tokens)
 
 
 # ---------------------------------------------------------------------------------------------- one port
@@ -128,8 +146,7 @@ def port(job, portal, base, rows, settings, how=Change(), source=None):
     how.change(converter)
     portal.converters = {base.name: converter}
     if source:
-        texts = [row.prompt for train, _ in rows.values() for row in train[:max(1, ALIGN // len(rows))]]
-        align(converter, base, like, source(near), texts)
+        align(converter, base, like, source(near), texts_of(rows))
     learner, job.frozen = portal_learner(portal, rows, settings, how.rates), frozen
     fit(job, [base], portal.adapters, [learner], rows, how.weigh, how.step)
     assert all(torch.equal(p, b) for p, b in zip(frozen, before)), "the frozen core or latents changed"
@@ -203,11 +220,9 @@ def main(argv=None, how=Change()):
                            quantize=args.quantize or held[tag].get("quantize"), allow_changed=args.allow_changed_base)
 
     soft, teacher = {}, args.teacher and find_base(held, args.teacher, run)
-    if teacher and jobs:                                                             # its answers to all rows, once
+    if teacher and jobs:                                                             # once, for all fits
         most = max(n for _, fits in jobs for _, n in fits)
-        rows = [row for splits in data.values() for part in sample(splits["train"], most, seed) for row in part]
-        adapters = load_portal(run, [teacher]).to(args.device).adapters(teacher)
-        soft = soft_rows(source(teacher), adapters, rows, cfg.tasks, args.max_tokens or TOY["port"]["max_tokens"])
+        soft = answers(run, teacher, source(teacher), data, most, seed, args.max_tokens or TOY["port"]["max_tokens"])
     for spec, fits in jobs:
         base = load_base(spec, args.device, args.dtype, args.recompute, args.device_map, args.quantize)
         refuse_twin(base, seen)                                                      # it would count as unseen

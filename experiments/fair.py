@@ -10,7 +10,7 @@ each seed, on rows drawn as port.py draws them, measured on the evaluation rows.
 schedule, and nothing is selected in it. Both are kept in results/fair.jsonl, a line a fit and task, and not done again;
 results/fair.md and fair.png are drawn from it.
 """
-import functools, itertools, random, tempfile
+import functools, itertools, tempfile
 from pathlib import Path
 
 import pandas as pd
@@ -19,11 +19,12 @@ import torch
 from baselines.cross_lora import copy, cross_lora
 from bases import TOY_SEEN, load_base
 from data import encode, load_tasks, sample
+from experiments import presets
 from experiments.cells import markdown, numbers, over_seeds, spread
 from experiments.paper import dims_of, flops, generator_flops
 from experiments.starts import World, loras, ports
 from experiments.tables import TOLERANCE
-from learner import portal_learner
+from learner import Learner, rounds_of
 from portal import MODULES, Config, Converter, Portal
 from runtime.files import ROOT, append_jsonl, read_jsonl, write_whole
 from runtime.flags import commas, parse, positive, run_main, some_of
@@ -36,25 +37,26 @@ from train import TOY, fit
 DATA, TARGET, HELD = ROOT / "toy/data", "toy-gemma", 60
 ROWS, ROUNDS, SEARCHED = (32, 125, 1000), (28, 56, 112, 224), 112
 LORA, PORT = (3e-3, 1e-2, 2e-2), (0.75, 1.5, 3.0)                                    # three rates for each
+
+
+def of_ports(*rounds, **settings):
+    """A line of METHODS: ports with these settings, the features as they are and whitened."""
+    return ports, PORT, {"": settings, "whitened": dict(settings, whiten=0.1)}, rounds
+
+
 ALL = "portal aligned and of all modules"  # the others' cores are of q and v
 METHODS = {  # name: (start, rates, {knob: settings}, numbers of rounds)
     "lora": (loras, LORA, {"rank 16": dict(rank=16), "rank 4": dict(rank=4)}, ROUNDS),
-    "portal": (ports, PORT, {"": {}, "whitened": dict(whiten=0.1)}, (112,)),
-    "portal aligned": (ports, PORT, {"": dict(aligned=True), "whitened": dict(aligned=True, whiten=0.1)}, ROUNDS),
-    ALL: (ports, PORT, {"": dict(aligned=True), "whitened": dict(aligned=True, whiten=0.1)}, (56, 112)),
-    "portal aligned with P_out": (ports, PORT, {"": dict(aligned=True, P_out=True), "whitened": dict(
-        aligned=True, P_out=True, whiten=0.1)}, (112,)),
+    "portal": of_ports(112),
+    "portal aligned": of_ports(*ROUNDS, aligned=True),
+    ALL: of_ports(56, 112, aligned=True),
+    "portal aligned with P_out": of_ports(112, aligned=True, P_out=True),
     "portal carried without training": (ports, (), {"": dict(aligned=True, P_out=True)}, (0,)),
-    "portal core untrained": (ports, PORT, {"": dict(untrained=True), "whitened": dict(untrained=True, whiten=0.1)},
-                              (112,)),
-    "portal latents swapped": (ports, PORT, {"": dict(swapped=True), "whitened": dict(swapped=True, whiten=0.1)},
-                               (112,)),
-    "portal core untrained and latents swapped": (ports, PORT, {"": dict(untrained=True, swapped=True), "whitened":
-        dict(untrained=True, swapped=True, whiten=0.1)}, (112,)),
-    "portal aligned to a teacher": (ports, PORT, {"": dict(aligned=True, teacher=True), "whitened": dict(
-        aligned=True, teacher=True, whiten=0.1)}, (112,)),
-    "portal core unfrozen at the end": (ports, PORT, {"": dict(unfreeze=True), "whitened": dict(
-        unfreeze=True, whiten=0.1)}, (112,)),
+    "portal core untrained": of_ports(112, untrained=True),
+    "portal latents swapped": of_ports(112, swapped=True),
+    "portal core untrained and latents swapped": of_ports(112, untrained=True, swapped=True),
+    "portal aligned to a teacher": of_ports(112, aligned=True, teacher=True),
+    "portal core unfrozen at the end": of_ports(112, unfreeze=True),
     "lora from cross_lora": (loras, LORA, {"": dict(carry=cross_lora), "half": dict(carry=cross_lora, factor=0.5)},
                              (112,)),
     "lora from copy": (loras, LORA, {"": dict(carry=copy), "half": dict(carry=copy, factor=0.5)}, (112,)),
@@ -76,14 +78,17 @@ def run(bases, generate, learners, rows, seed):
 
 def rows_of(n, seed, search):
     """{task: (n training rows, measured rows)}. Search: HELD rows of train are measured and the fit has others."""
+    if search:
+        return presets.rows_of(DATA, None, n, HELD)
     found = {}
     for task, splits in load_tasks(DATA).items():
-        if search:
-            mixed = random.Random(task).sample(splits["train"], len(splits["train"]))
-            found[task] = mixed[HELD:HELD + n], mixed[:HELD]
-        else:
-            found[task] = [row for part in sample(splits["train"], n, seed) for row in part], splits["eval"]
+        found[task] = [row for part in sample(splits["train"], n, seed) for row in part], splits["eval"]
     return found
+
+
+def a_pass(rows):
+    """The rounds of a pass over the largest task."""
+    return max(rounds_of(train, TOY["batch_size"]) for train, _ in rows.values())
 
 
 @functools.cache
@@ -94,8 +99,7 @@ def trained(seed, search, modules):
     portal = Portal(Config(tasks=list(rows), modules=list(modules), **TOY["sizes"]))
     for base in bases:
         portal.converters[base.name] = Converter(portal.cfg, base.groups_of(portal.cfg.modules))
-    rounds = -(-max(len(train) for train, _ in rows.values()) // TOY["batch_size"]) * TOY["epochs"]
-    learner = portal_learner(portal, rows, TOY | dict(least=rounds, epochs=1))
+    learner = Learner(portal.rates(TOY["lr"]), list(rows), a_pass(rows) * TOY["epochs"], 1, portal.z)
     run(bases, portal.adapters, [learner], rows, seed)
     return portal
 
@@ -106,8 +110,7 @@ def source_loras(seed, search):
     source, rows = loaded(TOY_SEEN[-1]), rows_of(1000, seed, search)
     torch.manual_seed(seed)
     generate, (learners,), _ = loras(World(source, None, source, None, rows))
-    rounds = -(-max(len(train) for train, _ in rows.values()) // TOY["batch_size"])
-    run([source], generate, learners(TOY["lora"]["lr"], rounds), rows, seed)
+    run([source], generate, learners(TOY["lora"]["lr"], a_pass(rows)), rows, seed)
     return generate()
 
 
@@ -239,21 +242,23 @@ def main(argv=None):
                  out=dict(default=ROOT / "results"),
                  seeds=dict(type=commas(seed_of), default=(0, 1, 2), metavar="N,N", help="of what is measured"))
     path = args.out / "fair.jsonl"
+    lines = read_jsonl(path)
     def add(method, knob, lr, n, rounds, seed, search):
         wanted = dict(method=method, knob=knob, lr=lr, n=n, rounds=rounds, seed=seed, search=search)
-        if not any(wanted.items() <= line.items() for line in read_jsonl(path)):
-            for line in cell(**wanted):
-                append_jsonl(path, line)
+        if not any(wanted.items() <= line.items() for line in lines):
+            new = cell(**wanted)
+            append_jsonl(path, *new)
+            lines.extend(new)
     for method, n in itertools.product(args.methods, args.n):
         _, rates, knobs, budgets = METHODS[method]
         for rounds in budgets:
             searched = min(rounds, SEARCHED)
             for lr, knob in itertools.product(rates, knobs):
                 add(method, knob, lr, n, searched, 0, True)
-            *_, lr, knob = max(tried(read_jsonl(path), method, n, searched), default=(0, ""))
+            *_, lr, knob = max(tried(lines, method, n, searched), default=(0, ""))
             for seed in args.seeds:
                 add(method, knob, lr, n, rounds, seed, False)
-    draw(args.out, read_jsonl(path))
+    draw(args.out, lines)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from learner import portal_learner
 from port import port
 from portal import Config, Converter, Portal
 from runtime.files import ROOT, append_jsonl, read_jsonl, write_whole
-from runtime.flags import commas, parse, positive, run_main, some_of
+from runtime.flags import commas, parse, positive, run_main
 from runtime.job import Job
 from runtime.report import commit, hardware
 from train import REAL, fit
@@ -34,12 +34,12 @@ NEW = "second_last"                                                             
 ROWS, FACTORS, HELD, SOURCE, EPOCHS = (8, 16, 64, 120, 500), (1, 1 / 3, 3, 1 / 9, 9), 20, 120, 3
 
 
-def rows_of(folder, tasks, n):
-    """{task: (at most n training rows, HELD others)}; the held-out rows are the same for every n."""
+def rows_of(folder, tasks, n, held=HELD):
+    """{task: (at most n training rows, `held` others)}; the held-out rows are the same for every n."""
     found = {}
     for task, splits in load_tasks(folder, tasks).items():
         rows = random.Random(task).sample(splits["train"], len(splits["train"]))
-        found[task] = rows[HELD:HELD + n], rows[:HELD]
+        found[task] = rows[held:held + n], rows[:held]
     return found
 
 

@@ -13,8 +13,9 @@ from baselines.cross_lora import transfer
 from baselines.lora import TaskLoRAs
 from frozen import Base, same_depths
 from learner import Learner
-from port import ALIGN, align, layer_inputs, soft_rows
+from port import align, shared_inputs, soft_rows, texts_of
 from portal import Converter, Core, Portal, layers_of
+from train import TOY
 
 UNFREEZE = 0.1  # the rate of a port's last rounds with the core unfrozen, of that of its converter
 
@@ -39,8 +40,7 @@ class World:
 
     @functools.cached_property
     def texts(self):
-        """The prompts that an alignment reads, in equal parts of all tasks, as in port.py."""
-        return [row.prompt for train, _ in self.rows.values() for row in train[:max(1, ALIGN // len(self.rows))]]
+        return texts_of(self.rows)
 
     @functools.cached_property
     def P_in(self):
@@ -53,7 +53,7 @@ class World:
     def taught(self):
         """The rows with the answers of the source, with its generated adapters, as the labels of those of train."""
         train = [row for rows, _ in self.rows.values() for row in rows]
-        soft = soft_rows(self.source, self.portal.adapters(self.source.name), train, list(self.rows), 4096)
+        soft = soft_rows(self.source, self.portal.adapters(self.source.name), train, list(self.rows), TOY["max_tokens"])
         return {task: ([soft[id(row)] for row in rows], measured) for task, (rows, measured) in self.rows.items()}
 
     @functools.cached_property
@@ -152,12 +152,10 @@ def aligned_P_out(world, ridge=1e-2):
     base, source, portal, converter = world.base, world.source, world.portal, world.converter()
     modules, layers, outputs, sums = portal.cfg.modules, layers_of(converter.groups), {}, {}
     for text in world.texts:
-        (x, ends), (source_x, source_ends) = layer_inputs(base, text, modules), layer_inputs(source, text, modules)
-        shared = sorted(ends.keys() & source_ends.keys())
-        at, source_at = [ends[c] for c in shared], [source_ends[c] for c in shared]
+        x, source_x = shared_inputs(base, source, text, modules)
         for m in modules:
             for (l, *_), (s, *_) in same_depths(base, source, m):
-                pair = x[m, l][at] @ base.weight(m, l).T, source_x[m, s][source_at] @ source.weight(m, s).T
+                pair = x[m, l] @ base.weight(m, l).T, source_x[m, s] @ source.weight(m, s).T
                 outputs.setdefault((m, l), []).append(pair)                          # [S, d_out] each
     def solve(XX, XY):
         return torch.linalg.solve(XX + ridge * XX.diagonal().mean() * torch.eye(len(XX), dtype=XX.dtype), XY)
