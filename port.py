@@ -7,8 +7,8 @@
     python port.py --dry-run                       prints what that would take in memory and time
 
 A port starts at the identity (P_out is zero) and with the layer embeddings of a source base (portal.Converter). The
-training loop is train.fit: only what is frozen differs."""
-import functools, pathlib
+training loop is train.fit: what differs is what is frozen, and the coordinates of P_in and P_out (whiten)."""
+import copy, functools, pathlib
 from typing import Callable, NamedTuple
 
 import torch
@@ -94,6 +94,41 @@ def align(converter, base, like, source, texts):
         P_in.copy_(torch.linalg.solve(XX[g] + ridge, XY[g]).T)                       # [d_c, d_in]
 
 
+# ---------------------------------------------------------------------------------------------- whitened features
+@torch.no_grad()
+def whiten(core, z, converter, eps):
+    """Changes the coordinates in which P_in and P_out are learned. Returns (a core to fit them to, {P: function that
+    takes its value back to the coordinates of `core`}). Not in the write-up.
+
+    A = A_hat P_in, but the features of a frozen A_hat are correlated, and gradient descent is slow along their small
+    directions. With Q = S^-1 P_in in the place of P_in and A_hat S in that of A_hat, A stays as it is;
+    S = (C + eps c I)^(-1/2) sqrt(c) makes the features uncorrelated, where C [d_c, d_c] is the mean of a a^T over the
+    rows a of A_hat of all tasks and layers, and c the mean of C's diagonal. eps limits how much a small direction
+    gains. P_out B_hat likewise."""
+    def square_roots(rows):                                                          # [..., d_c] -> S, S^-1
+        rows = rows.flatten(0, -2).double()
+        C = rows.T @ rows / len(rows)
+        c = C.diagonal().mean()
+        values, vectors = torch.linalg.eigh(C + eps * c * torch.eye(len(C), dtype=C.dtype, device=C.device))
+        scale = (c / values).sqrt()
+        return (vectors * scale @ vectors.T).to(z.dtype), (vectors / scale @ vectors.T).to(z.dtype)
+    A_hat, B_hat = core(z, converter.e)
+    core, (r, d_c), back = copy.deepcopy(core), (core.cfg.rank, core.cfg.d_c), {}
+    for m in core.cfg.modules:
+        (S_A, inverse_A), (S_B, inverse_B) = square_roots(A_hat[m]), square_roots(B_hat[m].mT)
+        for p in core.head_A[m].parameters():                                        # [r d_c, hidden] and [r d_c]
+            p.copy_(torch.einsum("rc...,cd->rd...", p.view(r, d_c, *p.shape[1:]), S_A).reshape(p.shape))
+        for p in core.head_B[m].parameters():
+            p.copy_(torch.einsum("cr...,cd->dr...", p.view(d_c, r, *p.shape[1:]), S_B).reshape(p.shape))
+        for g, group in converter.groups.items():
+            if group.kind == m:
+                P_in, P_out = converter.P_in[g], converter.P_out[g]
+                P_in.copy_(inverse_A @ P_in)
+                P_out.copy_(P_out @ inverse_B)
+                back |= {P_in: functools.partial(torch.matmul, S_A), P_out: lambda Q, S=S_B: Q @ S}
+    return core, back
+
+
 # ---------------------------------------------------------------------------------------------- a teacher's labels
 @torch.no_grad()
 def soft_rows(teacher, adapters, rows, tasks, max_tokens):
@@ -119,9 +154,10 @@ def answers(run, tag, teacher, data, n, seed, max_tokens):
 
 # ---------------------------------------------------------------------------------------------- one port
 class Change(NamedTuple):
-    """What an ablation hands in: change(converter) before the first step; rates, see learner.portal_learner; weigh,
-    step: see train.fit."""
+    """What an ablation hands in: change(converter) before the first step; settings in place of the preset's; rates, see
+    learner.portal_learner; weigh, step: see train.fit."""
     change: Callable = lambda converter: None
+    settings: dict = {}
     rates: dict = {}
     weigh: Callable = None
     step: Callable = one_round
@@ -130,9 +166,9 @@ class Change(NamedTuple):
 def port(job, portal, base, rows, settings, how=Change(), source=None):
     """Refits a converter for `base` on `rows` {task: (train, held out)}; core and latents stay bit-identical.
 
-    portal: with the converters of the bases that the core was trained on; afterwards with the new one alone.
-    source(name): loads one of these bases, to align P_in with it. Returns the Learner and the name of the base that
-    `source` loaded.
+    portal: with the converters of the bases that the core was trained on; afterwards with the new one alone. settings:
+    a preset's, such as train.REAL["port"]. source(name): loads one of these bases, to align P_in with it. Returns the
+    Learner and the name of the base that `source` loaded.
     """
     frozen = [p.requires_grad_(False) for p in (portal.z, *portal.core.parameters())]
     before = [p.clone() for p in frozen]
@@ -147,8 +183,16 @@ def port(job, portal, base, rows, settings, how=Change(), source=None):
     portal.converters = {base.name: converter}
     if source:
         align(converter, base, like, source(near), texts_of(rows))
-    learner, job.frozen = portal_learner(portal, rows, settings, how.rates), frozen
+    core, back = portal.core, {}
+    if settings["whiten"]:
+        portal.core, back = whiten(core, portal.z, converter, settings["whiten"])
+    learner, job.frozen = portal_learner(portal, rows, settings, how.rates), [portal.z, *portal.core.parameters()]
     fit(job, [base], portal.adapters, [learner], rows, how.weigh, how.step)
+    with torch.no_grad():
+        for p, best in zip(learner.params, learner.best or ()):                      # a dry run selects nothing
+            for value in (p, best) if p in back else ():
+                value.copy_(back[p](value))
+    portal.core = core
     assert all(torch.equal(p, b) for p, b in zip(frozen, before)), "the frozen core or latents changed"
     return learner, near if source else None
 
@@ -226,7 +270,7 @@ def main(argv=None, how=Change()):
     for spec, fits in jobs:
         base = load_base(spec, args.device, args.dtype, args.recompute, args.device_map, args.quantize)
         refuse_twin(base, seen)                                                      # it would count as unseen
-        settings = {k: v for k, v in resolve_settings(args, preset([base.name])["port"], cfg.norm).items() if k != "n"}
+        settings = resolve_settings(args, {**preset([base.name])["port"], **how.settings}, cfg.norm)
         for tag, n in fits:
             print_fewer(data, n)
             drawn = {task: sample(splits["train"], n, seed) for task, splits in data.items()}

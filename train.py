@@ -30,11 +30,11 @@ from score import delta_ratio, evaluate, full_precision
 # held out of train. An epoch is a pass over the largest task and has at least `least` rounds: on a few rows a single
 # pass gives too few steps.
 REAL = dict(n=2000, epochs=5, batch_size=4, lr=0.015, least=1, max_tokens=4096, sizes={},
-            port=dict(n=1000, epochs=5, batch_size=4, lr=0.3, least=1, max_tokens=4096),
+            port=dict(n=1000, epochs=5, batch_size=4, lr=0.3, least=1, max_tokens=4096, whiten=0.1),
             lora=dict(epochs=5, batch_size=4, lr=1e-4, least=1, max_tokens=4096))
 TOY = dict(n=1000, epochs=2, batch_size=8, lr=0.3, least=28, max_tokens=4096,
            sizes=dict(d_z=64, hidden=256, d_c=256),
-           port=dict(n=1000, epochs=2, batch_size=8, lr=1.5, least=112, max_tokens=4096),
+           port=dict(n=1000, epochs=2, batch_size=8, lr=1.5, least=112, max_tokens=4096, whiten=0.1),
            lora=dict(epochs=1, batch_size=8, lr=1e-2, least=112, max_tokens=4096),
            lora_iso=dict(epochs=6, batch_size=8, lr=3e-3, least=112, max_tokens=4096))
 WRITE_UP_LR = 1e-3                                                                   # the default with norm "none"
@@ -47,7 +47,7 @@ def preset(names):
 
 def resolve_settings(args, default, norm=None):
     """The settings: those given as flags, else the preset's. norm: of the run's generator, where one is trained."""
-    default = {**default, "lr": WRITE_UP_LR} if norm == "none" else default
+    default = {**default, "lr": WRITE_UP_LR, "whiten": 0} if norm == "none" else default
     return {k: getattr(args, k, None) or v for k, v in default.items() if not isinstance(v, dict)}
 
 

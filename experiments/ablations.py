@@ -59,6 +59,7 @@ PORT_ABLATIONS = {                                                              
     "port: e at random, its rate 1": Variant(port=dict(change=random_e, rates={"e": 1.0})),
     "port: e by depth, its rate 1": Variant(port=dict(rates={"e": 1.0})),
     "port: lr .5": Variant(["--lr", "0.5"]),
+    "port: features not whitened": Variant(port=dict(settings={"whiten": 0})),
     "port: P_out small random": Variant(
         port=dict(change=lambda converter: [p.data.normal_(std=0.02) for p in converter.P_out.values()])),
 }

@@ -41,7 +41,7 @@ LORA, PORT = (3e-3, 1e-2, 2e-2), (0.75, 1.5, 3.0)                               
 
 def of_ports(*rounds, **settings):
     """A line of METHODS: ports with these settings, the features as they are and whitened."""
-    return ports, PORT, {"": settings, "whitened": dict(settings, whiten=0.1)}, rounds
+    return ports, PORT, {"": settings, "whitened": dict(settings, eps=0.1)}, rounds
 
 
 ALL = "portal aligned and of all modules"  # the others' cores are of q and v

@@ -13,7 +13,7 @@ from baselines.cross_lora import transfer
 from baselines.lora import TaskLoRAs
 from frozen import Base, same_depths
 from learner import Learner
-from port import align, shared_inputs, soft_rows, texts_of
+from port import align, shared_inputs, soft_rows, texts_of, whiten
 from portal import Converter, Core, Portal, layers_of
 from train import TOY
 
@@ -80,10 +80,9 @@ def loras(world, rank=16, carry=None, factor=1):
 
 
 # ---------------------------------------------------------------------------------------------- ports
-def ports(world, aligned=False, P_out=False, whiten=None, untrained=False, swapped=False, unfreeze=False,
-          teacher=False):
-    """A port. aligned: P_in starts as port.py --align has it; P_out: P_out as aligned_P_out has it; whiten: the eps of
-    `whitened`; untrained: the core is a new one, its B-heads as large as the trained ones'; swapped: each task has
+def ports(world, aligned=False, P_out=False, eps=None, untrained=False, swapped=False, unfreeze=False, teacher=False):
+    """A port. aligned: P_in starts as port.py --align has it; P_out: P_out as aligned_P_out has it; eps: of
+    port.whiten; untrained: the core is a new one, its B-heads as large as the trained ones'; swapped: each task has
     another one's latent; unfreeze: the last third of the rounds trains latents and core, too; teacher: the labels are
     the source's answers, as with port.py --teacher."""
     portal, converter = copy.deepcopy(world.portal), world.converter()
@@ -91,18 +90,19 @@ def ports(world, aligned=False, P_out=False, whiten=None, untrained=False, swapp
         portal.core = untrained_core(portal.core)
     if swapped:
         portal.z.data = portal.z.data.roll(1, 0)
-    frozen = [p.requires_grad_(False) for p in (portal.z, *portal.core.parameters())]
+    portal.z.requires_grad_(False)
+    portal.core.requires_grad_(False)
     for wanted, own, start in (aligned, converter.P_in, "P_in"), (P_out, converter.P_out, "P_out"):
         for g in own if wanted else ():
             own[g].data.copy_(getattr(world, start)[g])
-    if whiten:
-        whitened(portal, converter, whiten)
+    if eps:
+        portal.core, _ = whiten(portal.core, portal.z, converter, eps)
     portal.converters = {world.base.name: converter}
     def learners(lr, rounds):
         return [Learner(portal.rates(lr), list(world.rows), rounds - unfreeze * (rounds // 3), 1)]
     def unfrozen(lr, rounds):
-        for p in frozen:
-            p.requires_grad_(True)
+        portal.z.requires_grad_(True)
+        portal.core.requires_grad_(True)
         return [Learner(portal.rates(lr * UNFREEZE), list(world.rows), rounds // 3, 1, portal.z)]
     return portal.adapters, [learners, unfrozen] if unfreeze else [learners], world.taught if teacher else world.rows
 
@@ -115,33 +115,6 @@ def untrained_core(core):
         for name, p in head.named_parameters():
             getattr(new.head_B[m], name).data.normal_(std=float(p.detach().square().mean().sqrt()))
     return new
-
-
-@torch.no_grad()
-def whitened(portal, converter, eps):
-    """Changes coordinates so that what the aligner multiplies is uncorrelated: A_hat P_in = (A_hat S) (S^-1 P_in) with
-    S = (C + eps c I)^(-1/2) sqrt(c), where C [d_c, d_c] is the mean of a a^T over the rows a of A_hat of all tasks and
-    layers and c the mean of its diagonal; of P_out B_hat likewise. S goes into the portal's heads, S^-1 into the
-    converter: the adapters stay as they are, an optimiser's steps on P_in and P_out do not."""
-    def square_roots(rows):                                                          # [..., d_c] -> S, S^-1
-        rows = rows.flatten(0, -2).double()
-        C = rows.T @ rows / len(rows)
-        c = C.diagonal().mean()
-        values, vectors = torch.linalg.eigh(C + eps * c * torch.eye(len(C), dtype=C.dtype))
-        scale = (c / values).sqrt()
-        return (vectors * scale @ vectors.T).float(), (vectors / scale @ vectors.T).float()
-    r, d_c = portal.cfg.rank, portal.cfg.d_c
-    A_hat, B_hat = portal.core(portal.z, converter.e)
-    for m in portal.cfg.modules:
-        (S_A, inverse_A), (S_B, inverse_B) = square_roots(A_hat[m]), square_roots(B_hat[m].mT)
-        for p in portal.core.head_A[m].parameters():                                 # [r d_c, hidden] and [r d_c]
-            p.copy_(torch.einsum("rc...,cd->rd...", p.view(r, d_c, *p.shape[1:]), S_A).reshape(p.shape))
-        for p in portal.core.head_B[m].parameters():
-            p.copy_(torch.einsum("cr...,cd->dr...", p.view(d_c, r, *p.shape[1:]), S_B).reshape(p.shape))
-        for g, group in converter.groups.items():
-            if group.kind == m:
-                converter.P_in[g].copy_(inverse_A @ converter.P_in[g])
-                converter.P_out[g].copy_(converter.P_out[g] @ inverse_B)
 
 
 @torch.no_grad()

@@ -1,18 +1,21 @@
 """Where a port starts: P_in by regression on a source base, against least squares in numpy over plain forward passes.
-What it learns from: a teacher's answers, against a plain model's."""
-import json
+The coordinates it is learned in: whitened features, against numpy. What it learns from: a teacher's answers, against a
+plain model's."""
+import copy, json
 
 import numpy as np
 import torch
 from conftest import command, edit, fingerprint, lora_hooks, one_line, tiny_base, tiny_model, tiny_tokenizer
-from helpers import make_portal, of_task, random_adapters
+from helpers import make_portal, of_task, random_adapters, small_rows
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import port
+import train
 from bases import Base
 from data import Row
 from portal import Converter
+from runtime.job import Job
 
 TEXTS = ["w1 w22 w3 Answer :", "w40 w4", "w7 w8 w9 w10 w11 w7"]
 
@@ -70,6 +73,76 @@ def test_a_base_aligned_with_itself_reads_as_it_does():
     x = torch.cat([x for text in texts[:5] for (m, _), x in port.layer_inputs(base, text, ["q"])[0].items()])
     want = x @ like.P_in["q"].T
     assert (x @ made.P_in["q"].T - want).norm() < 0.1 * want.norm()
+
+
+# ---------------------------------------------------------------------------------------------- whitened features
+def trained_portal(base):
+    """A Portal on tiny bases whose B-heads and FiLM are no longer zero, and a converter of `base` at a port's start."""
+    portal = make_portal(tiny_base(name="source"), modules=("q", "down"))
+    for p in portal.core.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return portal, Converter(portal.cfg, base.groups_of(portal.cfg.modules), portal.converters["source"], port=True)
+
+
+def test_whitened_features_are_uncorrelated_and_the_adapters_stay():
+    base = tiny_base("llama", name="target")
+    portal, converter = trained_portal(base)
+    for P in converter.P_out.values():
+        torch.nn.init.normal_(P)
+    start = {name: p.clone() for name, p in converter.state_dict().items()}
+    with torch.no_grad():
+        before, features = converter(portal.core, portal.z), portal.core(portal.z, converter.e)
+        core, back = port.whiten(portal.core, portal.z, converter, 1e-3)
+        after, white = converter(core, portal.z), core(portal.z, converter.e)
+        for old, new in zip(before, after, strict=True):
+            for g in old:
+                torch.testing.assert_close(old[g], new[g], rtol=1e-3, atol=1e-4)
+        for old, new in zip(features, white):
+            for m in old:
+                X, Y = ((a if a.shape[-1] == portal.cfg.d_c else a.mT).flatten(0, -2).double().numpy() for a in (old[m], new[m]))
+                values = np.linalg.eigvalsh(X.T @ X / len(X))                        # of each feature's direction
+                c = values.mean()
+                np.testing.assert_allclose(np.linalg.eigvalsh(Y.T @ Y / len(Y)), np.sort(values * c / (values + 1e-3 * c)),
+                                           rtol=1e-3, atol=1e-5 * c)
+                assert values[-1] > 2 * c
+        for P, turn in back.items():
+            P.copy_(turn(P))
+    assert len(back) == 4
+    for name, p in converter.state_dict().items():
+        torch.testing.assert_close(p, start[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_port_ends_with_the_converter_of_the_core_as_it_was(tmp_path):
+    """Its adapters are those that the last step left, and its scores those of the epoch that was selected."""
+    base, rows = tiny_base("llama", name="target"), small_rows()
+    portal, _ = trained_portal(base)
+    core, last = copy.deepcopy(portal.core.state_dict()), []
+    def step(bases, generate, *rest):
+        losses = train.one_round(bases, generate, *rest)
+        last.append(generate("target").map(torch.clone))
+        return losses
+    settings = dict(train.TOY["port"], epochs=2, batch_size=2, least=3)
+    job = Job("port", settings, 0, tmp_path / "log.jsonl")
+    learner, _ = port.port(job, portal, base, rows, settings, port.Change(step=step))
+    assert all(torch.equal(p, core[name]) for name, p in portal.core.state_dict().items())
+    for got, want in zip(portal.adapters("target").tensors(), last[-1].tensors(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
+        assert want.abs().max() > 1e-3
+    learner.load_best()
+    for got, want in zip(portal.adapters("target").tensors(), last[3 * learner.epoch - 1].tensors(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
+
+
+def test_whitening_changes_the_fit(tmp_path):
+    ends = []
+    for eps in (0, 0.1):
+        base, rows = tiny_base("llama", name="target"), small_rows()
+        torch.manual_seed(1)
+        portal, _ = trained_portal(base)
+        settings = dict(train.TOY["port"], epochs=1, batch_size=2, least=3, whiten=eps)
+        port.port(Job("port", settings, 0, tmp_path / "log.jsonl"), portal, base, rows, settings)
+        ends.append(portal.converters["target"].P_in["q"])
+    assert not torch.allclose(*ends)
 
 
 # ---------------------------------------------------------------------------------------------- a teacher's labels
