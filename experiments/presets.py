@@ -1,6 +1,7 @@
 """Measures whether the presets' learning rates hold: on any base, from few rows to many.
 
     python -m experiments.presets --bases models/a,models/b --data DIR    # writes results/presets.md
+    python -m experiments.presets --bases models/a --widths 64,2048       # also on random models of these widths
 
 A cell is one fit: "source", of a generator with nothing frozen on one base (source training and joint hypernet),
 "port", of a converter, or "latent", of one more task. It is fitted at the preset's rate and at a ninth, a third, three
@@ -14,6 +15,7 @@ import copy, functools, itertools, pathlib, random, tempfile
 
 import pandas as pd
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from bases import load_base
 from data import load_tasks
@@ -68,6 +70,18 @@ def measure(kind, base, source, rows, lr):
         return portal, read_jsonl(log), job.bare
 
 
+def random_base(width, tokenizer, folder):
+    """Writes a Llama of four layers of this width with random weights to a folder, and returns the folder."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=4,
+                         num_attention_heads=width // 32, num_key_value_heads=width // 64, tie_word_embeddings=True,
+                         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    folder = f"{folder}/random-{width}"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def preset_lr(kind):
     return (REAL["port"] if kind == "port" else REAL)["lr"]
 
@@ -108,8 +122,9 @@ def line_of(kind, base, lr, fitted):
 
 
 def main(argv=None):
-    args = parse(__doc__, "bases data out n device dtype", argv, data=dict(help="folder of the tasks in TASKS"),
+    args = parse(__doc__, "bases data out n device dtype widths", argv, data=dict(help="folder of the tasks in TASKS"),
                  out=dict(default=ROOT / "results"),
+                 widths=dict(type=commas(positive(int)), default=(), metavar="N,N", help="multiples of 64"),
                  n=dict(type=commas(positive(int)), default=ROWS, metavar="N,N", help="training rows a task"))
     path, folders, first = args.out / "presets.jsonl", {"toy": ROOT / "toy/data", "real": args.data}, args.bases[0]
     done = {(c["kind"], c["base"], c["tasks"], c["n"], c["lr"]) for c in read_jsonl(path)}
@@ -128,7 +143,9 @@ def main(argv=None):
             write_whole(args.out / "presets.md", lambda file: file.write_text(table(read_jsonl(path))))
         return found
 
-    for factor, n, tasks, spec in itertools.product(FACTORS, args.n, TASKS, args.bases):  # the presets first
+    made = tempfile.TemporaryDirectory()
+    specs = args.bases + [random_base(width, loaded(first).tokenizer, made.name) for width in args.widths]
+    for factor, n, tasks, spec in itertools.product(FACTORS, args.n, TASKS, specs):  # the presets first
         for kind in ("source", *(["port"] if spec != first else ["latent"] if tasks == "toy" else [])):
             if folders[tasks] and (kind, loaded(spec).name, tasks, n, rate(kind, factor)) not in done:
                 fitted(kind, spec, tasks, n, factor)

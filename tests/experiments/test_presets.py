@@ -2,8 +2,9 @@
 import json
 
 import torch
-from conftest import tiny_base
+from conftest import tiny_base, tiny_tokenizer
 
+from bases import load_base
 from experiments import presets
 
 
@@ -38,6 +39,12 @@ def test_a_port_and_a_latent_leave_the_rest_as_it_is(tmp_path):
     line = presets.line_of("port", other, 0.3, (port, lines, 1.5))
     assert (line["base"], line["lr"], line["bare"]) == ("other", 0.3, 1.5)
     assert len(line["losses"]) == len(line["ratios"]) == presets.EPOCHS
+
+
+def test_a_random_base_has_the_width_and_the_tokenizer_asked_for(tmp_path):
+    base = load_base(presets.random_base(64, tiny_tokenizer(), tmp_path))
+    assert (base.name, len(base.blocks), base.groups["q"].d_in) == ("random-64", 4, 64)
+    assert base.tokenizer("w1 w2").input_ids == tiny_tokenizer()("w1 w2").input_ids
 
 
 def test_the_table_marks_what_does_not_hold():
