@@ -18,7 +18,7 @@ import torch
 
 import eval, port, train
 from bases import TOY_SEEN, TOY_UNSEEN, load_config as config_of, short_name
-from experiments.ablations import ABLATIONS, COMPETITION, DIVIDED, PORT_ABLATIONS, Variant, watched
+from experiments.ablations import ABLATIONS, COMPETITION, PORT_ABLATIONS, Variant, watched
 from portal import MODULES
 from runtime.files import ROOT, BadInput, read_json, read_jsonl, require_same, write_json, write_whole
 from runtime.flags import Parser, commas, positive, run_main, seed
@@ -30,8 +30,6 @@ EXPERIMENTS = dict(main=("6.1", "6.2", "6.3", "tasks"), sweep=("6.4",), aside=("
                    competition=("competition",))                                     # {experiment: its tables}
 SWEEP = (8, 16, 32, 64, 125, 250, 500, 1000)                                         # all that a task of the toy has
 ASIDE = [ROOT / "toy" / "data_aside" / task for task in ("fourth", "after_animal")]  # in no training of the toy
-# The toy's rounds and rates of the LoRAs in sweep and aside, from before train.TOY was changed.
-MEASURED = dict(lora="--epochs 2 --lr 3e-3", lora_iso="--epochs 6 --lr 3e-3")
 
 
 def dims_of(adapters):
@@ -132,9 +130,6 @@ class Steps:
     def ports(self, targets, *flags):
         return port, "--overwrite", "--to", ",".join(targets), *flags
 
-    def measured(self, fit):
-        return MEASURED[fit].split() if self.toy else []
-
     def fork(self, source, name, ported=(), change=None):
         """Makes run `name` with latents, core and source converters of another run and its converters of the bases
         `ported`, and returns the name. change: a function of its latents [T, d_z] that returns other ones."""
@@ -157,20 +152,14 @@ class Steps:
                       (eval, "--methods", ",".join(m for m in eval.METHODS if m != "lora_iso")))
 
     def sweep(self, seed):
-        """On the last of the targets, the one of another family. The port as shipped, then with P_in aligned, with
-        losses divided (write-up), and of all modules."""
-        source, target, on_target = f"seed{seed}", self.targets[-1], ("--bases", self.targets[-1])
-        flags = ["--n", ",".join(map(str, self.args.sweep)), *self.data]
-        ports, measured = self.ports([target], *flags), (eval, "--methods", "portal", *on_target)
+        """On the last of the targets, the one of another family: the port as shipped, and with P_in aligned."""
+        source, target = f"seed{seed}", self.targets[-1]
+        ports = self.ports([target], "--n", ",".join(map(str, self.args.sweep)), *self.data)
         self.run_step("main", "", source, self.source(seed))
-        self.run_step("sweep", "", self.fork(source, f"sweep-{source}"), ports,      # eval's flags are for both LoRAs
-                      (eval, "--methods", "base,lora,portal", *on_target, *self.measured("lora")),
-                      (eval, "--methods", "lora_iso", *on_target, *self.measured("lora_iso")))
-        self.run_step("sweep", "aligned", self.fork(source, f"sweep-aligned-{source}"), (*ports, "--align"), measured)
-        self.run_step("sweep", "losses divided", f"sweep-divided-{source}", self.source(seed), ports, measured,
-                      how=DIVIDED)
-        self.run_step("sweep", "all modules", f"sweep-all-{source}", self.source(seed, "--modules", "all"), ports,
-                      measured)
+        self.run_step("sweep", "", self.fork(source, f"sweep-{source}"), ports,
+                      (eval, "--methods", "base,lora,portal", "--bases", target))
+        self.run_step("sweep", "aligned", self.fork(source, f"sweep-aligned-{source}"), (*ports, "--align"),
+                      (eval, "--methods", "portal", "--bases", target))
 
     def aside(self, seed):
         """Tasks that are in no training, learned on the sources after the ports were made (`carried`). The controls are
@@ -183,7 +172,7 @@ class Steps:
         self.run_step("carry", "", source, self.ports(self.targets, *self.data))
         carried = self.fork(source, f"aside-seed{seed}", self.targets)
         self.run_step("carry", "carried", carried, *learn,
-                      (eval, "--methods", "base,lora,portal", *tasks, *self.measured("lora")))
+                      (eval, "--methods", "base,lora,portal", *tasks))
         controls = {"shuffled": lambda z: z.roll(1, 0),
                     "mean": lambda z: torch.cat([z[:-new], z[:-new].mean(0, keepdim=True).expand(new, -1)])}
         for control, change in controls.items():
