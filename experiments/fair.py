@@ -44,6 +44,11 @@ def of_ports(*rounds, **settings):
     return ports, PORT, {"": settings, "whitened": dict(settings, eps=0.1)}, rounds
 
 
+def of_carried(carry, rates, rounds):
+    """A line of METHODS: LoRAs that start from the source's, carried over; the knob is the factor on their delta."""
+    return loras, rates, {name: dict(carry=carry, factor=f) for name, f in {"": 1, "half": 0.5}.items()}, (rounds,)
+
+
 ALL = "portal aligned and of all modules"  # the others' cores are of q and v
 METHODS = {  # name: (start, rates, {knob: settings}, numbers of rounds)
     "lora": (loras, LORA, {"rank 16": dict(rank=16), "rank 4": dict(rank=4)}, ROUNDS),
@@ -57,9 +62,11 @@ METHODS = {  # name: (start, rates, {knob: settings}, numbers of rounds)
     "portal core untrained and latents swapped": of_ports(112, untrained=True, swapped=True),
     "portal aligned to a teacher": of_ports(112, aligned=True, teacher=True),
     "portal core unfrozen at the end": of_ports(112, unfreeze=True),
-    "lora from cross_lora": (loras, LORA, {"": dict(carry=cross_lora), "half": dict(carry=cross_lora, factor=0.5)},
-                             (112,)),
-    "lora from copy": (loras, LORA, {"": dict(carry=copy), "half": dict(carry=copy, factor=0.5)}, (112,)),
+    "lora from cross_lora": of_carried(cross_lora, LORA, 112),
+    "lora from copy": of_carried(copy, LORA, 112),
+    "lora from ridge maps": of_carried("maps", LORA, 112),
+    "lora carried by cross_lora without training": of_carried(cross_lora, (0.0,), 0),
+    "lora carried by ridge maps without training": of_carried("maps", (0.0,), 0),
 }
 
 

@@ -14,7 +14,7 @@ from baselines.lora import TaskLoRAs
 from frozen import Base, same_depths
 from learner import Learner
 from port import align, shared_inputs, soft_rows, texts_of, whiten
-from portal import Converter, Core, Portal, layers_of
+from portal import MODULES, Adapters, Converter, Core, Portal, layers_of
 from train import TOY
 
 UNFREEZE = 0.1  # the rate of a port's last rounds with the core unfrozen, of that of its converter
@@ -61,15 +61,20 @@ class World:
         """{g: P_out} by aligned_P_out."""
         return aligned_P_out(self)
 
+    @functools.cached_property
+    def maps(self):
+        """Those of ridge_maps, of all module kinds."""
+        return ridge_maps(self, MODULES)
+
 
 # ---------------------------------------------------------------------------------------------- LoRAs
 def loras(world, rank=16, carry=None, factor=1):
-    """LoRAs of all projections, alpha twice the rank; carry: a method of baselines/cross_lora.py that computes where
-    they start from the source's, whose delta is multiplied by `factor`."""
+    """LoRAs of all projections, alpha twice the rank. carry: computes where they start from the source's, a method of
+    baselines/cross_lora.py or "maps", by_maps; the carried delta is multiplied by `factor`."""
     tasks = list(world.rows)
     own = TaskLoRAs(len(tasks), world.base, rank=rank, alpha=2 * rank)
     if carry:
-        start = transfer(carry, world.loras(), world.source, world.base)
+        start = by_maps(world) if carry == "maps" else transfer(carry, world.loras(), world.source, world.base)
         for g in own.A:
             for t in range(len(tasks)):
                 own.A[g][t].data.copy_(start.A[g][t])
@@ -77,6 +82,17 @@ def loras(world, rank=16, carry=None, factor=1):
     def learners(lr, rounds):
         return [Learner([{"params": own.of(t), "lr": lr}], [task], rounds, 1) for t, task in enumerate(tasks)]
     return own.adapters, [learners], world.rows
+
+
+def by_maps(world):
+    """The source's LoRAs carried over by activations: A' = A M, B' = R B with the maps of each site."""
+    loras, A, B = world.loras(), {}, {}                                              # {g: [[T, ...]] a layer}
+    for m in MODULES:
+        for (l, g, _), (_, source_g, k) in same_depths(world.base, world.source, m):
+            M, R = world.maps[m, l]
+            A.setdefault(g, []).append(loras.A[source_g][:, k] @ M)
+            B.setdefault(g, []).append(R @ loras.B[source_g][:, k])
+    return Adapters(*({g: torch.stack(layers, 1) for g, layers in side.items()} for side in (A, B)), loras.scale)
 
 
 # ---------------------------------------------------------------------------------------------- ports
@@ -117,29 +133,43 @@ def untrained_core(core):
     return new
 
 
+def solve(XX, XY, ridge):
+    """The least-squares solution of X W = Y from X^T X and X^T Y, with a ridge of the mean diagonal times `ridge`."""
+    return torch.linalg.solve(XX + ridge * XX.diagonal().mean() * torch.eye(len(XX), dtype=XX.dtype), XY)
+
+
 @torch.no_grad()
-def aligned_P_out(world, ridge=1e-2):
-    """Returns {g: P_out} by least squares towards the source's B, carried over: with the ridge map R_l from the outputs
-    of the source's projection to those of the base's projection at shared token ends (both without their means),
-    min over P_out of  sum over tasks and layers |P_out B_hat - R_l B_source|^2 + lambda |P_out|^2."""
-    base, source, portal, converter = world.base, world.source, world.portal, world.converter()
-    modules, layers, outputs, sums = portal.cfg.modules, layers_of(converter.groups), {}, {}
+def ridge_maps(world, modules, ridge=1e-2):
+    """Returns {(m, layer): (M, R)} by ridge regression over shared token ends. M [d_in of the source, d_in]: from what
+    the layer reads to what the source's layer of the same relative depth reads. R [d_out, d_out of the source]: from
+    the output of the source's frozen projection to that of the base's, both without their means."""
+    base, source, inputs, found = world.base, world.source, {}, {}
     for text in world.texts:
         x, source_x = shared_inputs(base, source, text, modules)
         for m in modules:
             for (l, *_), (s, *_) in same_depths(base, source, m):
-                pair = x[m, l] @ base.weight(m, l).T, source_x[m, s] @ source.weight(m, s).T
-                outputs.setdefault((m, l), []).append(pair)                          # [S, d_out] each
-    def solve(XX, XY):
-        return torch.linalg.solve(XX + ridge * XX.diagonal().mean() * torch.eye(len(XX), dtype=XX.dtype), XY)
+                inputs.setdefault((m, l, s), []).append((x[m, l], source_x[m, s]))   # [S, d_in] each
+    for (m, l, s), pairs in inputs.items():
+        X, source_X = (torch.cat(side).double() for side in zip(*pairs))
+        Y, source_Y = X @ base.weight(m, l).double().T, source_X @ source.weight(m, s).double().T
+        Y, source_Y = Y - Y.mean(0), source_Y - source_Y.mean(0)
+        M, R = solve(X.T @ X, X.T @ source_X, ridge).T, solve(source_Y.T @ source_Y, source_Y.T @ Y, ridge).T
+        found[m, l] = M.float(), R.float()
+    return found
+
+
+@torch.no_grad()
+def aligned_P_out(world, ridge=1e-2):
+    """Returns {g: P_out} by least squares towards the source's B, carried over with the maps R_l of ridge_maps:
+    min over P_out of  sum over tasks and layers |P_out B_hat - R_l B_source|^2 + lambda |P_out|^2."""
+    portal, converter = world.portal, world.converter()
+    modules, layers, sums = portal.cfg.modules, layers_of(converter.groups), {}
+    maps = ridge_maps(world, modules, ridge)
     (_, B_hat), (_, B_source) = portal.core(portal.z, converter.e), world.like(portal.core, portal.z)
     for m in modules:
-        for (l, g, _), (_, source_g, j) in same_depths(base, source, m):
-            Y, X = (torch.cat(side).double() for side in zip(*outputs[m, l]))
-            Y, X = Y - Y.mean(0), X - X.mean(0)
-            R = solve(X.T @ X, X.T @ Y).T                                            # [d_out, d_out of the source]
+        for (l, g, _), (_, source_g, j) in same_depths(world.base, world.source, m):
             own = B_hat[m][:, layers.index(l)].double().transpose(0, 1).flatten(1)   # [d_c, T r]
-            wanted = (R @ B_source[source_g][:, j].double()).transpose(0, 1).flatten(1)  # [d_out, T r]
+            wanted = (maps[m, l][1] @ B_source[source_g][:, j]).double().transpose(0, 1).flatten(1)  # [d_out, T r]
             XX, XY = sums.get(g, (0, 0))
             sums[g] = XX + own @ own.T, XY + own @ wanted.T
-    return {g: solve(XX, XY).T.float() for g, (XX, XY) in sums.items()}
+    return {g: solve(XX, XY, ridge).T.float() for g, (XX, XY) in sums.items()}

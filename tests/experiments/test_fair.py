@@ -1,14 +1,17 @@
 """experiments/fair.py and starts.py: what a start changes and what it leaves, the search's choice, the table."""
 import copy
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_base
 from helpers import make_portal, small_rows
 
+import port
 from baselines import cross_lora
 from data import encode
 from experiments import fair, starts
+from frozen import same_depths
 from score import score
 
 MODULES = ["q", "v"]
@@ -35,6 +38,31 @@ def test_an_aligned_P_out_solves_its_least_squares(world):
         _, B_hat = world.portal.core(world.portal.z, own.converter().e)
     found = P_out["v"] @ B_hat["v"]                                                  # q's outputs have fewer dimensions than
     assert (found - wanted["v"]).norm() < 0.01 * wanted["v"].norm()                  # d_out: its B cannot come back whole
+
+
+def test_ridge_maps_solve_their_least_squares_and_carry_a_lora(world):
+    """Against numpy on the same token ends; on the source itself a carried LoRA comes back."""
+    world.texts = ["w1 w22 w3 w4", "w40 w4 w7"]
+    M, R = world.maps["v", 1]
+    X, Y = [], []
+    for text in world.texts:
+        x, source_x = port.shared_inputs(world.base, world.source, text, ["v"])
+        X.append(x["v", 1].double().numpy())
+        Y.append(source_x["v", [s for (l, *_), (s, *_) in same_depths(world.base, world.source, "v") if l == 1][0]].double().numpy())
+    X, Y = np.concatenate(X), np.concatenate(Y)
+    lam = 1e-2 * (X ** 2).sum(0).mean()
+    want = np.linalg.lstsq(np.concatenate([X, lam ** 0.5 * np.eye(X.shape[1])]), np.concatenate([Y, np.zeros((X.shape[1], Y.shape[1]))]),
+                           rcond=None)[0].T
+    np.testing.assert_allclose(M, want, rtol=1e-3, atol=1e-5)
+    assert R.shape == (world.base.groups["v"].d_out, world.source.groups["v"].d_out)
+    own = starts.World(world.source, world.portal, world.source, world.loras, world.rows)
+    own.texts = [" ".join(f"w{(7 * i + j * j) % 50}" for j in range(9)) for i in range(50)]
+    own.maps = starts.ridge_maps(own, starts.MODULES, 1e-9)
+    carried, loras = starts.by_maps(own), world.loras()
+    x = port.layer_inputs(world.source, own.texts[0], ["v"])[0]["v", 0]
+    for t in range(3):
+        got, want = (x @ a.A["v"][t, 0].T @ a.B["v"][t, 0].T for a in (carried, loras))
+        assert (got - want).norm() < 0.05 * want.norm()
 
 
 def test_ports_leave_the_world_as_it_is_and_start_as_named(world):
