@@ -102,15 +102,15 @@ def whiten(core, z, converter, eps):
 
     A = A_hat P_in, but the features of a frozen A_hat are correlated, and gradient descent is slow along their small
     directions. With Q = S^-1 P_in in the place of P_in and A_hat S in that of A_hat, A stays as it is;
-    S = (C + eps c I)^(-1/2) sqrt(c) makes the features uncorrelated, where C [d_c, d_c] is the mean of a a^T over the
-    rows a of A_hat of all tasks and layers, and c the mean of C's diagonal. eps limits how much a small direction
-    gains. P_out B_hat likewise."""
+    S = s (C + eps c I)^(-1/2) makes the features uncorrelated, where C [d_c, d_c] is the mean of a a^T over the rows a
+    of A_hat of all tasks and layers, and c the mean of C's diagonal. eps limits how much a small direction gains; s
+    keeps the mean of |a|^2, so that a step changes A as much as before. P_out B_hat likewise."""
     def square_roots(rows):                                                          # [..., d_c] -> S, S^-1
         rows = rows.flatten(0, -2).double()
         C = rows.T @ rows / len(rows)
-        c = C.diagonal().mean()
-        values, vectors = torch.linalg.eigh(C + eps * c * torch.eye(len(C), dtype=C.dtype, device=C.device))
-        scale = (c / values).sqrt()
+        values, vectors = torch.linalg.eigh(C)
+        damped = values.clamp(min=0) + eps * C.diagonal().mean()
+        scale = (values.sum() / (values / damped).sum() / damped).sqrt()
         return (vectors * scale @ vectors.T).to(z.dtype), (vectors / scale @ vectors.T).to(z.dtype)
     A_hat, B_hat = core(z, converter.e)
     core, (r, d_c), back = copy.deepcopy(core), (core.cfg.rank, core.cfg.d_c), {}
