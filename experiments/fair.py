@@ -49,7 +49,8 @@ def of_carried(carry, rates, rounds):
     return loras, rates, {name: dict(carry=carry, factor=f) for name, f in {"": 1, "half": 0.5}.items()}, (rounds,)
 
 
-ALL = "portal aligned and of all modules"  # the others' cores are of q and v
+ALL, NARROW = "portal aligned and of all modules", "portal of d_c 32"
+CORES = {ALL: (("modules", MODULES),), **dict.fromkeys((NARROW, f"{NARROW}, core untrained"), (("d_c", 32),))}
 METHODS = {  # name: (start, rates, {knob: settings}, numbers of rounds)
     "lora": (loras, LORA, {"rank 16": dict(rank=16), "rank 4": dict(rank=4)}, ROUNDS),
     "portal": of_ports(112),
@@ -58,6 +59,8 @@ METHODS = {  # name: (start, rates, {knob: settings}, numbers of rounds)
     "portal aligned with P_out": of_ports(112, aligned=True, P_out=True),
     "portal carried without training": (ports, (), {"": dict(aligned=True, P_out=True)}, (0,)),
     "portal core untrained": of_ports(112, untrained=True),
+    NARROW: of_ports(112),
+    f"{NARROW}, core untrained": of_ports(112, untrained=True),
     "portal latents swapped": of_ports(112, swapped=True),
     "portal core untrained and latents swapped": of_ports(112, untrained=True, swapped=True),
     "portal aligned to a teacher": of_ports(112, aligned=True, teacher=True),
@@ -99,11 +102,11 @@ def a_pass(rows):
 
 
 @functools.cache
-def trained(seed, search, modules):
-    """Returns a Portal trained on the toy's source bases at the preset."""
+def trained(seed, search, core):
+    """Returns a Portal trained on the toy's source bases at the preset; core: what its Config has of its own."""
     bases, rows = [loaded(name) for name in TOY_SEEN], rows_of(1000, seed, search)
     torch.manual_seed(seed)
-    portal = Portal(Config(tasks=list(rows), modules=list(modules), **TOY["sizes"]))
+    portal = Portal(Config(tasks=list(rows), **{**TOY["sizes"], **dict(core)}))
     for base in bases:
         portal.converters[base.name] = Converter(portal.cfg, base.groups_of(portal.cfg.modules))
     learner = Learner(portal.rates(TOY["lr"]), list(rows), a_pass(rows) * TOY["epochs"], 1, portal.z)
@@ -122,15 +125,15 @@ def source_loras(seed, search):
 
 
 @functools.cache
-def world(n, seed, search, modules):
-    return World(loaded(TARGET), trained(seed, search, modules), loaded(TOY_SEEN[-1]),
+def world(n, seed, search, core):
+    return World(loaded(TARGET), trained(seed, search, core), loaded(TOY_SEEN[-1]),
                  functools.partial(source_loras, seed, search), rows_of(n, seed, search))
 
 
 def cell(method, knob, lr, n, rounds, seed, search):
     """Fits and measures once. Returns a line for each task."""
     start, _, knobs, _ = METHODS[method]
-    here = world(n, seed, search, tuple(MODULES if method == ALL else Config([]).modules))
+    here = world(n, seed, search, CORES.get(method, ()))
     base, rows = here.base, here.rows
     torch.manual_seed(seed)
     generate, stages, train_rows = start(here, **knobs[knob])
