@@ -35,7 +35,7 @@ from score import evaluate, macro
 from train import TOY, fit
 
 DATA, TARGET, HELD = ROOT / "toy/data", "toy-gemma", 60
-ROWS, ROUNDS, SEARCHED = (32, 125, 1000), (28, 56, 112, 224), 112
+ROWS, ROUNDS, SEARCHED = (32, 125, 1000), (28, 56, 80, 112, 224), 112
 LORA, PORT = (3e-3, 1e-2, 2e-2), (0.75, 1.5, 3.0)                                    # three rates for each
 
 
@@ -50,7 +50,8 @@ def of_carried(carry, rates, rounds):
 
 
 ALL, NARROW = "portal aligned and of all modules", "portal of d_c 32"
-CORES = {ALL: (("modules", MODULES),), **dict.fromkeys((NARROW, f"{NARROW}, core untrained"), (("d_c", 32),))}
+ALIGNED, UNTRAINED = f"{NARROW}, aligned", f"{NARROW}, core untrained"
+CORES = {ALL: (("modules", MODULES),), **dict.fromkeys((NARROW, ALIGNED, UNTRAINED), (("d_c", 32),))}
 METHODS = {  # name: (start, rates, {knob: settings}, numbers of rounds)
     "lora": (loras, LORA, {"rank 16": dict(rank=16), "rank 4": dict(rank=4)}, ROUNDS),
     "portal": of_ports(112),
@@ -60,7 +61,8 @@ METHODS = {  # name: (start, rates, {knob: settings}, numbers of rounds)
     "portal carried without training": (ports, (), {"": dict(aligned=True, P_out=True)}, (0,)),
     "portal core untrained": of_ports(112, untrained=True),
     NARROW: of_ports(112),
-    f"{NARROW}, core untrained": of_ports(112, untrained=True),
+    ALIGNED: of_ports(*ROUNDS, aligned=True),
+    UNTRAINED: of_ports(112, untrained=True),
     "portal latents swapped": of_ports(112, swapped=True),
     "portal core untrained and latents swapped": of_ports(112, untrained=True, swapped=True),
     "portal aligned to a teacher": of_ports(112, aligned=True, teacher=True),
