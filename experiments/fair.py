@@ -50,7 +50,7 @@ def of_carried(carry, rates, rounds):
 
 
 ALL, NARROW = "portal aligned and of all modules", "portal of d_c 32"
-ALIGNED, UNTRAINED = f"{NARROW}, aligned", f"{NARROW}, core untrained"
+ALIGNED, UNTRAINED = f"{NARROW} aligned", f"{NARROW} core untrained"
 CORES = {ALL: (("modules", MODULES),), **dict.fromkeys((NARROW, ALIGNED, UNTRAINED), (("d_c", 32),))}
 METHODS = {  # name: (start, rates, {knob: settings}, numbers of rounds)
     "lora": (loras, LORA, {"rank 16": dict(rank=16), "rank 4": dict(rank=4)}, ROUNDS),
