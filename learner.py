@@ -11,7 +11,7 @@ class Learner:
 
     def __init__(self, groups, tasks, rounds, epochs, z=None):
         self.tasks, self.rounds, self.z, self.score, self.epoch, self.best = tasks, rounds, z, None, 0, None
-        self.params = [p for group in groups for p in group["params"]]
+        self.params = self.start = [p for group in groups for p in group["params"]]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         total = rounds * epochs
         warm = max(1, total // 10)

@@ -183,10 +183,12 @@ def port(job, portal, base, rows, settings, how=Change(), source=None):
     portal.converters = {base.name: converter}
     if source:
         align(converter, base, like, source(near), texts_of(rows))
-    core, back = portal.core, {}
-    if settings["whiten"]:
-        portal.core, back = whiten(core, portal.z, converter, settings["whiten"])
-    learner, job.frozen = portal_learner(portal, rows, settings, how.rates), [portal.z, *portal.core.parameters()]
+    core, back, eps = portal.core, {}, float(settings["whiten"])
+    start = [*(p.detach().clone() for p in converter.parameters()), torch.tensor(eps)]
+    if eps:
+        portal.core, back = whiten(core, portal.z, converter, eps)
+    learner, job.frozen = portal_learner(portal, rows, settings, how.rates), frozen
+    learner.start = start                                                            # whitened, rounding would tell
     fit(job, [base], portal.adapters, [learner], rows, how.weigh, how.step)
     with torch.no_grad():
         for p, best in zip(learner.params, learner.best or ()):                      # a dry run selects nothing

@@ -160,7 +160,7 @@ class Job:
         named = f"{getattr(weigh, '__qualname__', type(weigh).__qualname__)} {getattr(weigh, 'floor', '')}"
         weights = [p for base in self.bases for p in base.model.parameters()]      # a folder may hold another model now
         return digest([self.what, facts, rows, (self.n_epochs, self.batch_size, self.seed, named)],
-                      [*weights, *self.frozen, *(p for learner in self.learners for p in learner.params)])
+                      [*weights, *self.frozen, *(p for learner in self.learners for p in learner.start)])
 
     def load(self):
         """Restores learners, running means, position and log.jsonl if the state file is of this very fit."""

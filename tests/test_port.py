@@ -4,6 +4,7 @@ plain model's."""
 import copy, json
 
 import numpy as np
+import pytest
 import torch
 from conftest import command, edit, fingerprint, lora_hooks, one_line, tiny_base, tiny_model, tiny_tokenizer
 from helpers import make_portal, of_task, random_adapters, small_rows
@@ -143,6 +144,35 @@ def test_whitening_changes_the_fit(tmp_path):
         port.port(Job("port", settings, 0, tmp_path / "log.jsonl"), portal, base, rows, settings)
         ends.append(portal.converters["target"].P_in["q"])
     assert not torch.allclose(*ends)
+
+
+def test_a_killed_port_goes_on_where_whitening_rounds_otherwise_and_not_with_another_eps(tmp_path, monkeypatch, capsys):
+    def started(round_, eps=0.1):
+        def step(*args):
+            if step.done == round_:
+                raise KeyboardInterrupt
+            step.done += 1
+            return train.one_round(*args)
+        step.done = 0
+        base, rows = tiny_base("llama", name="target"), small_rows()
+        torch.manual_seed(1)
+        portal, _ = trained_portal(base)
+        settings = dict(train.TOY["port"], epochs=1, batch_size=2, least=6, whiten=eps)
+        port.port(Job("port", settings, 0, tmp_path / "log.jsonl", tmp_path / "state"), portal, base, rows, settings,
+                  port.Change(step=step))
+    def noisy(*args, plain=port.whiten):
+        core, back = plain(*args)
+        for p in back:
+            p.data.mul_(1 + 1e-7)
+        return core, back
+    with pytest.raises(KeyboardInterrupt):
+        started(2)
+    monkeypatch.setattr(port, "whiten", noisy)                                       # as on another device
+    with pytest.raises(KeyboardInterrupt):
+        started(1)
+    assert "continuing port after round 2" in capsys.readouterr().out
+    started(9, eps=0.2)
+    assert "another configuration" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------- a teacher's labels
