@@ -128,14 +128,15 @@ def source_loras(seed, search):
 
 @functools.cache
 def world(n, seed, search, core):
-    return World(loaded(TARGET), trained(seed, search, core), loaded(TOY_SEEN[-1]),
+    """The World of a fit; core: see trained, None for LoRAs, which need no Portal."""
+    return World(loaded(TARGET), None if core is None else trained(seed, search, core), loaded(TOY_SEEN[-1]),
                  functools.partial(source_loras, seed, search), rows_of(n, seed, search))
 
 
 def cell(method, knob, lr, n, rounds, seed, search):
     """Fits and measures once. Returns a line for each task."""
     start, _, knobs, _ = METHODS[method]
-    here = world(n, seed, search, CORES.get(method, ()))
+    here = world(n, seed, search, None if start is loras else CORES.get(method, ()))
     base, rows = here.base, here.rows
     torch.manual_seed(seed)
     generate, stages, train_rows = start(here, **knobs[knob])

@@ -1,5 +1,5 @@
 """experiments/presets.py on a tiny base: which rows and parameters a cell uses, and what the table calls a cell that fails."""
-import json
+import functools, json
 
 import torch
 from conftest import tiny_base, tiny_tokenizer
@@ -23,7 +23,8 @@ def test_held_out_rows_are_the_same_for_every_n_and_never_trained_on(tmp_path):
     assert few[0] == many[0][:8] and not {row.prompt for row in many[0]} & {row.prompt for row in many[1]}
 
 
-def test_a_port_and_a_latent_leave_the_rest_as_it_is(tmp_path):
+def test_a_port_and_a_latent_leave_the_rest_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(presets, "Config", functools.partial(presets.Config, hidden=32, d_c=32))
     write(tmp_path, 40)
     base, other = tiny_base(), tiny_base("llama", name="other")
     rows = presets.rows_of(tmp_path, ["one"], 8)
