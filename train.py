@@ -47,8 +47,8 @@ def preset(names):
 
 def resolve_settings(args, default, norm=None):
     """The settings: those given as flags, else the preset's. norm: of the run's generator, where one is trained."""
-    default = {**default, "lr": WRITE_UP_LR, "whiten": 0} if norm == "none" else default
-    return {k: getattr(args, k, None) or v for k, v in default.items() if not isinstance(v, dict)}
+    written = dict(lr=WRITE_UP_LR, whiten=0) if norm == "none" else {}
+    return {k: getattr(args, k, None) or written.get(k, v) for k, v in default.items() if not isinstance(v, dict)}
 
 
 # ---------------------------------------------------------------------------------------------- one round

@@ -255,6 +255,12 @@ def test_rates_follow_the_number_of_terms_in_a_sum():
     assert {rate for p, rate in rates_of(portal).items() if p != id(portal.z)} == {1.0} and rates_of(portal)[id(portal.z)] == 2
 
 
+def test_the_write_ups_recipe_changes_settings_and_adds_none():
+    for default in (REAL, REAL["port"]):
+        plain, written = (resolve_settings(SimpleNamespace(), default, norm) for norm in ("layer", "none"))
+        assert written.keys() == plain.keys() and {k for k in plain if written[k] != plain[k]} == {"lr", "whiten"} & plain.keys()
+
+
 def first_ratio(width, norm="layer", **sizes):
     """score.delta_ratio after one step at the preset's full rate on a random base of this width, whose projections keep
     their input's size as those of a trained one do."""
