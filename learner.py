@@ -78,6 +78,11 @@ def rounds_of(rows, batch_size, least=1):
     return max(least, -(-len(rows) // batch_size))
 
 
+def most_rounds(rows, batch_size, least=1):
+    """The rounds of an epoch over {task: (train, held out)}: those of the largest task."""
+    return max(rounds_of(train, batch_size, least) for train, _ in rows.values())
+
+
 def portal_learner(portal, rows, settings, rates={}):
     """One learner for everything that is not frozen, at the rates of Portal.rates. rates {name of a parameter of the
     converters: its own rate}, such as {"e": 3e-2}."""
@@ -87,5 +92,5 @@ def portal_learner(portal, rows, settings, rates={}):
         rest = [{**group, "params": [p for p in group["params"] if all(p is not q for q in own)]} for group in groups]
         groups = [*(group for group in rest if group["params"]), {"params": own, "lr": rate}]
     z = portal.z if portal.z.requires_grad else None
-    rounds = max(rounds_of(train, settings["batch_size"], settings["least"]) for train, _ in rows.values())
+    rounds = most_rounds(rows, settings["batch_size"], settings["least"])
     return Learner(groups, list(rows), rounds, settings["epochs"], z)

@@ -64,6 +64,12 @@ def shared_inputs(base, source, text, modules):
     return {key: own[at] for key, own in x.items()}, {key: own[source_at] for key, own in source_x.items()}
 
 
+def ridge(XX, XY, by=1e-2):
+    """Returns W of min |X W - Y|^2 + lambda |W|^2 from X^T X and X^T Y; lambda is `by` of X^T X's mean diagonal."""
+    eye = torch.eye(len(XX), dtype=XX.dtype, device=XX.device)
+    return torch.linalg.solve(XX + by * XX.diagonal().mean() * eye, XY)
+
+
 @torch.no_grad()
 def align(converter, base, like, source, texts):
     """Sets P_in by ridge regression towards the inputs of the core on `source`, a base it was trained on; `like` is the
@@ -88,10 +94,8 @@ def align(converter, base, like, source, texts):
                 Y = source_x[m, source_layer].double() @ source_P[source_g].T                # [S, d_c]
                 XX[g], XY[g] = XX[g] + X.T @ X, XY[g] + X.T @ Y
     for g, P_in in converter.P_in.items():
-        if not torch.is_tensor(XX[g]):                                               # text does not reach these sites
-            continue
-        ridge = 1e-2 * XX[g].diagonal().mean() * torch.eye(len(XX[g]), dtype=torch.float64, device=base.device)
-        P_in.copy_(torch.linalg.solve(XX[g] + ridge, XY[g]).T)                       # [d_c, d_in]
+        if torch.is_tensor(XX[g]):                                                   # else text does not reach them
+            P_in.copy_(ridge(XX[g], XY[g]).T)                                        # [d_c, d_in]
 
 
 # ---------------------------------------------------------------------------------------------- whitened features
@@ -125,7 +129,7 @@ def whiten(core, z, converter, eps):
                 P_in, P_out = converter.P_in[g], converter.P_out[g]
                 P_in.copy_(inverse_A @ P_in)
                 P_out.copy_(P_out @ inverse_B)
-                back |= {P_in: functools.partial(torch.matmul, S_A), P_out: lambda Q, S=S_B: Q @ S}
+                back |= {P_in: S_A.matmul, P_out: lambda Q, S=S_B: Q @ S}
     return core, back
 
 

@@ -69,12 +69,20 @@ def delta_norm(A, B):
 
 def transfer(method, adapters, source, target):
     """The source base's Adapters, layer by layer through `method`, as Adapters of the target base."""
+    def carry(A, B, m, s, l):
+        return method(A, B, source.weight(m, s), target.weight(m, l))
+    return site_by_site(carry, adapters, source, target)
+
+
+def site_by_site(carry, adapters, source, target):
+    """The source base's Adapters as the target's: carry(A [T, r, d_in], B [T, d_out, r] of layer s of the source, m, s,
+    l) -> those of the target's layer l of the same relative depth."""
     A, B = {}, {}                                                                    # {g: [[T, ...]] a layer}
     kinds = dict.fromkeys(source.groups[g].kind for g in adapters.A)
     for m in tqdm(kinds, desc=f"transfer to {target.name}", delay=2, leave=False, disable=NO_BAR):
         for (l, g, _), (s, source_g, k) in same_depths(target, source, m):
             a, b = (factors[source_g][:, k] for factors in (adapters.A, adapters.B))
-            a, b = method(a, b, source.weight(m, s), target.weight(m, l))
+            a, b = carry(a, b, m, s, l)
             A.setdefault(g, []).append(a)
             B.setdefault(g, []).append(b)
     return Adapters(*({g: torch.stack(layers, 1).contiguous() for g, layers in side.items()} for side in (A, B)),

@@ -24,7 +24,7 @@ from experiments.cells import markdown, numbers, over_seeds, spread
 from experiments.paper import dims_of, flops, generator_flops
 from experiments.starts import World, loras, ports
 from experiments.tables import TOLERANCE
-from learner import Learner, rounds_of
+from learner import Learner, most_rounds
 from portal import MODULES, Config, Converter, Portal
 from runtime.files import ROOT, append_jsonl, read_jsonl, write_whole
 from runtime.flags import commas, parse, positive, run_main, some_of
@@ -41,7 +41,7 @@ LORA, PORT = (3e-3, 1e-2, 2e-2), (0.75, 1.5, 3.0)                               
 
 def of_ports(*rounds, **settings):
     """A line of METHODS: ports with these settings, the features as they are and whitened."""
-    return ports, PORT, {"": settings, "whitened": dict(settings, eps=0.1)}, rounds
+    return ports, PORT, {"": settings, "whitened": dict(settings, eps=TOY["port"]["whiten"])}, rounds
 
 
 def of_carried(carry, rates, rounds):
@@ -98,11 +98,6 @@ def rows_of(n, seed, search):
     return found
 
 
-def a_pass(rows):
-    """The rounds of a pass over the largest task."""
-    return max(rounds_of(train, TOY["batch_size"]) for train, _ in rows.values())
-
-
 @functools.cache
 def trained(seed, search, core):
     """Returns a Portal trained on the toy's source bases at the preset; core: what its Config has of its own."""
@@ -111,7 +106,8 @@ def trained(seed, search, core):
     portal = Portal(Config(tasks=list(rows), **{**TOY["sizes"], **dict(core)}))
     for base in bases:
         portal.converters[base.name] = Converter(portal.cfg, base.groups_of(portal.cfg.modules))
-    learner = Learner(portal.rates(TOY["lr"]), list(rows), a_pass(rows) * TOY["epochs"], 1, portal.z)
+    rounds = most_rounds(rows, TOY["batch_size"]) * TOY["epochs"]
+    learner = Learner(portal.rates(TOY["lr"]), list(rows), rounds, 1, portal.z)
     run(bases, portal.adapters, [learner], rows, seed)
     return portal
 
@@ -122,7 +118,7 @@ def source_loras(seed, search):
     source, rows = loaded(TOY_SEEN[-1]), rows_of(1000, seed, search)
     torch.manual_seed(seed)
     generate, (learners,), _ = loras(World(source, None, source, None, rows))
-    run([source], generate, learners(TOY["lora"]["lr"], a_pass(rows)), rows, seed)
+    run([source], generate, learners(TOY["lora"]["lr"], most_rounds(rows, TOY["batch_size"])), rows, seed)
     return generate()
 
 

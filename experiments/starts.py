@@ -9,12 +9,12 @@ from typing import Callable
 
 import torch
 
-from baselines.cross_lora import transfer
+from baselines.cross_lora import site_by_site, transfer
 from baselines.lora import TaskLoRAs
 from frozen import Base, same_depths
 from learner import Learner
-from port import align, shared_inputs, soft_rows, texts_of, whiten
-from portal import MODULES, Adapters, Converter, Core, Portal, layers_of
+from port import align, ridge, shared_inputs, soft_rows, texts_of, whiten
+from portal import MODULES, Converter, Core, Portal, layers_of
 from train import TOY
 
 UNFREEZE = 0.1  # the rate of a port's last rounds with the core unfrozen, of that of its converter
@@ -86,13 +86,10 @@ def loras(world, rank=16, carry=None, factor=1):
 
 def by_maps(world):
     """The source's LoRAs carried over by activations: A' = A M, B' = R B with the maps of each site."""
-    loras, A, B = world.loras(), {}, {}                                              # {g: [[T, ...]] a layer}
-    for m in MODULES:
-        for (l, g, _), (_, source_g, k) in same_depths(world.base, world.source, m):
-            M, R = world.maps[m, l]
-            A.setdefault(g, []).append(loras.A[source_g][:, k] @ M)
-            B.setdefault(g, []).append(R @ loras.B[source_g][:, k])
-    return Adapters(*({g: torch.stack(layers, 1) for g, layers in side.items()} for side in (A, B)), loras.scale)
+    def carry(A, B, m, s, l):
+        M, R = world.maps[m, l]
+        return A @ M, R @ B
+    return site_by_site(carry, world.loras(), world.source, world.base)
 
 
 # ---------------------------------------------------------------------------------------------- ports
@@ -133,13 +130,8 @@ def untrained_core(core):
     return new
 
 
-def solve(XX, XY, ridge):
-    """The least-squares solution of X W = Y from X^T X and X^T Y, with a ridge of the mean diagonal times `ridge`."""
-    return torch.linalg.solve(XX + ridge * XX.diagonal().mean() * torch.eye(len(XX), dtype=XX.dtype), XY)
-
-
 @torch.no_grad()
-def ridge_maps(world, modules, ridge=1e-2):
+def ridge_maps(world, modules, by=1e-2):
     """Returns {(m, layer): (M, R)} by ridge regression over shared token ends. M [d_in of the source, d_in]: from what
     the layer reads to what the source's layer of the same relative depth reads. R [d_out, d_out of the source]: from
     the output of the source's frozen projection to that of the base's, both without their means."""
@@ -153,18 +145,18 @@ def ridge_maps(world, modules, ridge=1e-2):
         X, source_X = (torch.cat(side).double() for side in zip(*pairs))
         Y, source_Y = X @ base.weight(m, l).double().T, source_X @ source.weight(m, s).double().T
         Y, source_Y = Y - Y.mean(0), source_Y - source_Y.mean(0)
-        M, R = solve(X.T @ X, X.T @ source_X, ridge).T, solve(source_Y.T @ source_Y, source_Y.T @ Y, ridge).T
+        M, R = ridge(X.T @ X, X.T @ source_X, by).T, ridge(source_Y.T @ source_Y, source_Y.T @ Y, by).T
         found[m, l] = M.float(), R.float()
     return found
 
 
 @torch.no_grad()
-def aligned_P_out(world, ridge=1e-2):
+def aligned_P_out(world, by=1e-2):
     """Returns {g: P_out} by least squares towards the source's B, carried over with the maps R_l of ridge_maps:
     min over P_out of  sum over tasks and layers |P_out B_hat - R_l B_source|^2 + lambda |P_out|^2."""
     portal, converter = world.portal, world.converter()
     modules, layers, sums = portal.cfg.modules, layers_of(converter.groups), {}
-    maps = ridge_maps(world, modules, ridge)
+    maps = ridge_maps(world, modules, by)
     (_, B_hat), (_, B_source) = portal.core(portal.z, converter.e), world.like(portal.core, portal.z)
     for m in modules:
         for (l, g, _), (_, source_g, j) in same_depths(world.base, world.source, m):
@@ -172,4 +164,4 @@ def aligned_P_out(world, ridge=1e-2):
             wanted = (maps[m, l][1] @ B_source[source_g][:, j]).double().transpose(0, 1).flatten(1)  # [d_out, T r]
             XX, XY = sums.get(g, (0, 0))
             sums[g] = XX + own @ own.T, XY + own @ wanted.T
-    return {g: solve(XX, XY, ridge).T.float() for g, (XX, XY) in sums.items()}
+    return {g: ridge(XX, XY, by).T.float() for g, (XX, XY) in sums.items()}

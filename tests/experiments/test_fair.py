@@ -34,7 +34,7 @@ def test_an_aligned_P_out_solves_its_least_squares(world):
     own.texts = [" ".join(f"w{(7 * i + j * j) % 50}" for j in range(9)) for i in range(50)]
     with torch.no_grad():
         _, wanted = world.like(world.portal.core, world.portal.z)
-        P_out = starts.aligned_P_out(own, ridge=1e-9)
+        P_out = starts.aligned_P_out(own, by=1e-9)
         _, B_hat = world.portal.core(world.portal.z, own.converter().e)
     found = P_out["v"] @ B_hat["v"]                                                  # q's outputs have fewer dimensions than
     assert (found - wanted["v"]).norm() < 0.01 * wanted["v"].norm()                  # d_out: its B cannot come back whole
