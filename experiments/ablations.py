@@ -50,15 +50,16 @@ ABLATIONS = {
     "all seven modules": Variant(["--modules", "all"]),
     "rank 4": Variant(["--rank", "4"]),
     "rank 16": Variant(["--rank", "16"]),
-    "d_c 64": Variant(train=dict(sizes=dict(d_c=64))),
-    "d_c 1024": Variant(train=dict(sizes=dict(d_c=1024))),
+    "d_c 8": Variant(train=dict(sizes=dict(d_c=8))),
+    "d_c 256": Variant(train=dict(sizes=dict(d_c=256))),
 }
 PORT_ABLATIONS = {                                                                   # ports of the core as shipped
     "port: P_in aligned": Variant(["--align"]),
     "port: e at random": Variant(port=dict(change=random_e)),
     "port: e at random, its rate 1": Variant(port=dict(change=random_e, rates={"e": 1.0})),
     "port: e by depth, its rate 1": Variant(port=dict(rates={"e": 1.0})),
-    "port: lr .5": Variant(["--lr", "0.5"]),
+    "port: 8 rows a task in a round, lr 1.5, a quarter of the rounds": Variant(
+        ["--batch-size", "8", "--lr", "1.5"], port=dict(settings={"least": 112})),
     "port: features not whitened": Variant(port=dict(settings={"whiten": 0})),
     "port: P_out small random": Variant(
         port=dict(change=lambda converter: [p.data.normal_(std=0.02) for p in converter.P_out.values()])),

@@ -49,7 +49,7 @@ SWEEP = [(T, RECIPE) for T in (80, 64, 32, 16, 8)] + [(80, "")] + [(CHOICE, r) f
 
 SETTINGS = dict(train=dict(n=160, epochs=5, batch_size=2, lr=0.3), port=dict(n=160, epochs=6, batch_size=2, lr=1.5),
                 add=dict(n=200, epochs=5, batch_size=4, lr=0.08), lora=dict(n=200, epochs=2, batch_size=8, lr=3e-3),
-                sizes=TOY["sizes"], eval_rows=100)
+                sizes={**TOY["sizes"], "d_c": 256}, eval_rows=100)
 MAX_TOKENS = 8192
 
 

@@ -184,10 +184,10 @@ class Steps:
                           (eval, "--methods", "portal", *tasks, "--bases", target))
 
     def ablation(self, seed):
-        """On the toy: a quarter of its rows and of the rounds of training, half of those of the port, which leaves the
-        methods room to differ; and the port that is hardest."""
+        """On the toy: a quarter of its rows and of the rounds of training, a sixteenth of the rows for the port, which
+        leaves the methods room to differ; and the port that is hardest."""
         few, measured = ["--n", "250"], (eval, "--methods", "portal")
-        ports = self.ports(["toy-gemma"], "--epochs", "1", *few)
+        ports = self.ports(["toy-gemma"], "--n", "64")
         for variant, how in ABLATIONS.items():
             self.run_step("ablation", variant, f"ablation-{slug(variant)}-seed{seed}",
                           self.source(seed, *few, *how.flags), ports, measured, how=how)

@@ -10,8 +10,9 @@ from helpers import make_portal, small_rows
 import port
 from baselines import cross_lora
 from data import encode
-from experiments import fair, starts
+from experiments import fair, fair_tables, starts
 from frozen import same_depths
+from runtime.report import pack
 from score import score
 
 MODULES = ["q", "v"]
@@ -107,18 +108,19 @@ def test_a_carried_lora_starts_where_the_transfer_ends(world):
 def line(method, n, rounds, seed, search, correct, loss, lr=0.1, knob=""):
     return dict(method=method, knob=knob, lr=lr, n=n, rounds=rounds, seed=seed, search=search, tokens=1, flops=2e9, seconds=3.4,
                 hardware="an abacus", commit="c", task="one", acc_norm=sum(correct) / len(correct), log_loss=loss,
-                rows=len(correct), correct=fair.pack(correct))
+                rows=len(correct), correct=pack(correct))
 
 
 def test_the_search_chooses_on_held_out_rows_and_nothing_is_done_twice(tmp_path, monkeypatch, capsys):
     fits = []
-    def cell(method, knob, lr, n, rounds, seed, search):
+    def cell(stand, method, knob, lr, n, rounds, seed, search):
         fits.append((lr, knob, seed, search))
         good = (lr, knob) == (0.2, "b")
         return [line(method, n, rounds, seed, search, [True, good == search], 1.0, lr, knob)]  # on evaluation rows it is bad
     monkeypatch.setattr(fair, "cell", cell)
-    monkeypatch.setattr(fair, "METHODS", {"lora": (None, (0.1, 0.2), {"a": {}, "b": {}}, (3, 6))})
-    monkeypatch.setattr(fair, "SEARCHED", 3)
+    monkeypatch.setattr(fair, "METHODS", {"lora": fair.Method(starts.loras, {"a": {}, "b": {}}, (3, 6))})
+    monkeypatch.setattr(fair, "RATES", {starts.loras: (0.1, 0.2)})
+    monkeypatch.setattr(fair, "SEARCHED", 3 * fair.TOY_STAND.batch)
     argv = ["--n", "32", "--seeds", "0,1", "--out", str(tmp_path)]
     fair.main(argv)
     assert fits[:4] == [(0.1, "a", 0, True), (0.1, "b", 0, True), (0.2, "a", 0, True), (0.2, "b", 0, True)]
@@ -135,7 +137,7 @@ def test_the_table_compares_with_the_best_lora():
     lines = [line("lora", 32, 3, s, False, [True] * 10 + [False] * 10, 1.0) for s in (0, 1)]
     lines += [line("lora", 32, 6, s, False, right, 0.5) for s in (0, 1)]
     lines += [line("portal", 32, 3, s, False, right[:15] + [False] * 5, 0.7) for s in (0, 1)]
-    page = fair.table(lines).partition("## 32 rows")[2].splitlines()
+    page = fair_tables.table(fair.TOY_STAND, lines).partition("## 32 rows")[2].splitlines()
     text = [row.strip("| ").split(" | ") for row in page if row.startswith(("| lora |", "| portal |"))]
     assert [row[7].split(" [")[0] for row in text] == ["-0.300", "-", "-0.050"]
     assert [row[-2] for row in text] == ["2", "2 *", "2"]
@@ -146,6 +148,6 @@ def test_what_it_takes_counts_from_the_cheapest_lora_on_its_plateau():
         return [dict(line(method, n, rounds, s, False, [True] * right + [False] * (400 - right), 1.0), flops=flops) for s in (0, 1)]
     lines = [*of("lora", 32, 9, 390, 3e9), *of("lora", 125, 6, 399, 2e9), *of("lora", 125, 9, 400, 8e9),
              *of("portal", 32, 3, 398, 1e9), *of("portal", 32, 9, 400, 4e9), *of("portal", 125, 9, 397, 1e9)]
-    text = fair.reach(fair.results(lines))
+    text = fair_tables.reach(fair_tables.results(lines))
     assert text[1] == "## Within 0.005 of the LoRA's plateau, 1.000"
     assert [row.strip("| ").split(" | ") for row in text[5:]] == [["portal", "32", "3", "1", "0.50"], ["lora", "125", "6", "2", "1.00"]]

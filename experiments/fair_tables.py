@@ -1,0 +1,108 @@
+"""The tables and the figure of what experiments/fair.py measured, from its lines alone."""
+import numpy as np
+import pandas as pd
+
+from bases import TOY_SEEN, short_name
+from experiments.cells import markdown, numbers, over_seeds, spread
+from experiments.tables import TOLERANCE
+from runtime.files import write_whole
+from runtime.report import drawing, unpack
+from score import macro
+
+LORAS = ("lora", "lora of batch 2")                                                  # what all others are compared with
+
+def tried(lines, method, n, rounds):
+    """The search's [(acc_norm, -log_loss, lr, knob)], means over the tasks, in the order of the settings."""
+    found = {}
+    for line in lines:
+        if line["search"] and (line["method"], line["n"], line["rounds"]) == (method, n, rounds):
+            found.setdefault((line["lr"], line["knob"]), []).append((line["acc_norm"], -line["log_loss"]))
+    return [(*macro(own), *setting) for setting, own in found.items()]
+
+
+def results(lines):
+    """The measured lines as the data frame that cells.py takes: a series is a method with its number of rounds."""
+    rows = pd.DataFrame([line for line in lines if not line["search"]])
+    return rows.assign(series=rows["method"] + ", " + rows["rounds"].astype(str),
+                       correct=[unpack(text, n) for text, n in zip(rows["correct"], rows["rows"])])
+
+
+def table(stand, lines):
+    """The measurements and the search, as Markdown."""
+    page, rows = [], results(lines)
+    for n, own in rows.groupby("n"):
+        measured = numbers(own)
+        loras = own[own["method"].isin(LORAS)]
+        best = max(loras["series"].unique(), key=measured.iloc[0].get) if len(loras) else None
+        near = {s for s in own["series"] if best and measured[s][0] >= measured[best][0] - TOLERANCE}
+        text = []
+        for series, of_it in own.groupby("series", sort=False):
+            first = of_it.iloc[0]
+            text.append({"method": first["method"], "rounds": first["rounds"], "lr": f"{first['lr']:g}",
+                         "knob": first["knob"] or "-", "seeds": of_it["seed"].nunique(),
+                         "acc_norm": over_seeds(of_it, spread)[series],
+                         "log-loss": over_seeds(of_it, spread, "log_loss")[series],
+                         "acc_norm - the LoRA's best": difference(measured, series, best),
+                         "worst task": f"{of_it.groupby('task')['acc_norm'].mean().min():.3f}",
+                         "GFLOPs": f"{of_it.groupby('seed')['flops'].first().mean() / 1e9:,.0f}"
+                         + (" *" if series in near else ""),
+                         "seconds": f"{of_it.groupby('seed')['seconds'].first().mean():.0f}"})
+        page += markdown(text, f"## {n} rows a task")
+    searched = []
+    for fits in dict.fromkeys((line["method"], line["n"], line["rounds"]) for line in lines if line["search"]):
+        text = "; ".join(f"{lr:g}{f' {knob}' * bool(knob)}: {acc:.3f} / {-loss:.3f}"
+                         for acc, loss, lr, knob in tried(lines, *fits))
+        searched.append({**dict(zip(("method", "n", "rounds"), fits)), "tried: held-out acc_norm / log-loss": text})
+    commits, machines = (", ".join(dict.fromkeys(line[key] for line in lines)) for key in ("commit", "hardware"))
+    return "\n".join([
+        "# LoRAs and ports at equal numbers of rounds", "",
+        f"{'Toy, f' if stand.sources == TOY_SEEN else 'F'}rom {' and '.join(map(short_name, stand.sources))} to "
+        f"{short_name(stand.target)}; tasks: {', '.join(stand.tasks or ['all'])}; {stand.batch} rows of each task in a",
+        "round for LoRAs and 2 for PorTAL, whose core has d_c 32, the presets', unless the method says otherwise.",
+        "Settings searched for each method, n and number of rounds on rows held out of train (below), then measured on",
+        "the evaluation rows with every seed. Means over the tasks,",
+        "± sd over seeds; [low, high]: 95% interval over evaluation rows, paired bootstrap. FLOPs: the count of",
+        "experiments/paper.py; what aligns a port, a forward pass of 1,000 prompts on two bases, is not in them,",
+        "nor is the gradient of an unfrozen core. Seconds: of the rounds alone, beside other work.",
+        f"*: within {TOLERANCE} of the best acc_norm of a LoRA on as many rows.", "",
+        f"`python -m experiments.fair`, {machines}, commit {commits}.", *reach(rows), *page,
+        *markdown(searched, "## What was searched"), ""])
+
+
+def reach(rows):
+    """What each method and n takes to come within TOLERANCE of the LoRA's plateau, the best mean of any n, as lines."""
+    means = rows.groupby(["method", "n", "rounds"], sort=False)[["acc_norm", "flops"]].mean().reset_index()
+    plateau = means[means["method"].isin(LORAS)]["acc_norm"].max()
+    near = means[means["acc_norm"] >= plateau - TOLERANCE].sort_values("flops").drop_duplicates(["method", "n"])
+    cheapest = near[near["method"].isin(LORAS)]["flops"].min()
+    lines = [{"method": m, "n": n, "rounds": rounds, "GFLOPs": f"{flops / 1e9:,.0f}",
+              "of the LoRA's least": f"{flops / cheapest:.2f}"}
+             for m, n, rounds, _, flops in near.sort_values(["n", "flops"]).itertuples(index=False)]
+    return markdown(lines, f"## Within {TOLERANCE} of the LoRA's plateau, {plateau:.3f}") if lines else []
+
+
+def difference(measured, series, other):
+    """A series' acc_norm less another's, with its interval."""
+    if other in (None, series):
+        return "-"
+    value = measured[series] - measured[other]
+    low, high = value[1:].quantile([0.025, 0.975])
+    return f"{value[0]:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def draw(folder, stand, lines):
+    """Writes fair.md and, for the methods with several numbers of rounds, fair.png."""
+    write_whole(folder / "fair.md", lambda file: file.write_text(table(stand, lines)))
+    rows = results(lines)
+    of_n = rows.groupby("n")
+    with drawing(folder / "fair.png", 5 * len(of_n), columns=len(of_n)) as all_axes:
+        for axes, (n, of_it) in zip(np.atleast_1d(all_axes), of_n):
+            for method, own in of_it.groupby("method", sort=False):
+                if own["rounds"].nunique() > 1:
+                    by_seed = own.groupby(["rounds", "seed"])[["flops", "log_loss"]].mean()
+                    mean, sd = (f(by_seed.groupby("rounds")) for f in (lambda g: g.mean(), lambda g: g.std()))
+                    axes.errorbar(mean["flops"] / 1e9, mean["log_loss"], sd["log_loss"], marker="o", capsize=3,
+                                  label=method)
+            axes.set(yscale="log", xlabel="GFLOPs of the fit", ylabel="log-loss", title=f"{n} rows a task")
+            if axes.lines:
+                axes.legend(frameon=False, fontsize="small")
