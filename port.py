@@ -276,12 +276,12 @@ def main(argv=None, how=Change()):
     for spec, fits in jobs:
         base = load_base(spec, args.device, args.dtype, args.recompute, args.device_map, args.quantize)
         refuse_twin(base, seen)                                                      # it would count as unseen
-        settings = resolve_settings(args, {**preset([base.name])["port"], **how.settings}, cfg.norm)
         for tag, n in fits:
             print_fewer(data, n)
             drawn = {task: sample(splits["train"], n, seed) for task, splits in data.items()}
             rows = {task: tuple([soft.get(id(row), row) for row in part] for part in parts)
                     for task, parts in drawn.items()}
+            settings = resolve_settings(args, {**preset([base.name])["port"], **how.settings}, cfg.norm, rows)
             portal = load_portal(run, list(seen)).to(args.device)
             job = (DryRun if args.dry_run else Job)(
                 f"port {tag}", settings, seed, run / "log.jsonl", state_of(run, tag))

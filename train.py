@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from bases import TOY as TOY_BASES, TOY_SEEN, load_base, short_names
 from checkpoints import refuse_twin
 from data import Rounds, collate, load_tasks, micro_batches, print_fewer, sample, to_device
-from learner import portal_learner, save_states
+from learner import most_rounds, portal_learner, save_states
 from portal import MODULES, Config, Converter, Portal
 from runtime.distributed import RANK, all_sum, shard
 from runtime.files import ROOT, BadInput, read_json, today, write_json, write_whole
@@ -37,6 +37,7 @@ TOY = dict(n=1000, epochs=2, batch_size=8, lr=0.3, least=28, max_tokens=4096,
            port=dict(n=1000, epochs=1, batch_size=2, lr=0.5, least=448, max_tokens=4096, whiten=0.1),
            lora=dict(epochs=1, batch_size=8, lr=1e-2, least=112, max_tokens=4096),
            lora_iso=dict(epochs=6, batch_size=8, lr=3e-3, least=112, max_tokens=4096))
+FEW = 36                                                                             # steps; see resolve_settings
 WRITE_UP_LR = 1e-3                                                                   # the default with norm "none"
 
 
@@ -45,10 +46,17 @@ def preset(names):
     return TOY if set(names) <= TOY_BASES.keys() else REAL
 
 
-def resolve_settings(args, default, norm=None):
-    """The settings: those given as flags, else the preset's. norm: of the run's generator, where one is trained."""
+def resolve_settings(args, default, norm=None, rows=None):
+    """The settings: those given as flags, else the preset's. norm and rows {task: (train, held out)}: of a generator.
+
+    With Adam a fit moves about as far as its rates add up to. Fewer than FEW steps take sqrt(FEW / steps) times the
+    preset's rate, which was chosen on longer fits (results/presets.md)."""
     written = dict(lr=WRITE_UP_LR, whiten=0) if norm == "none" else {}
-    return {k: getattr(args, k, None) or written.get(k, v) for k, v in default.items() if not isinstance(v, dict)}
+    found = {k: getattr(args, k, None) or written.get(k, v) for k, v in default.items() if not isinstance(v, dict)}
+    if rows and not args.lr and norm != "none":
+        steps = most_rounds(rows, found["batch_size"], found["least"]) * found["epochs"]
+        found["lr"] = float(f"{found['lr'] * max(1, FEW / steps) ** 0.5:.3g}")
+    return found
 
 
 # ---------------------------------------------------------------------------------------------- one round
@@ -181,12 +189,13 @@ def main(argv=None, sizes={}, change=lambda portal: None, weigh=None, step=one_r
     specs = args.bases or TOY_SEEN
     names = short_names(specs)
     default = preset(names)
-    settings, seed = resolve_settings(args, default, args.norm), args.seed or 0
+    n, seed = args.n or default["n"], args.seed or 0
     data = args.data or ROOT / ("toy/data" if default is TOY else "data")
     run = args.run or OUT / ("toy" if args.bases is None else "+".join(names))
     found = load_tasks(data, args.tasks)
-    print_fewer(found, settings["n"])
-    rows = {task: sample(splits["train"], settings["n"], seed) for task, splits in found.items()}
+    print_fewer(found, n)
+    rows = {task: sample(splits["train"], n, seed) for task, splits in found.items()}
+    settings = resolve_settings(args, default, args.norm, rows)
     cfg = Config(tasks=list(rows), **{**default["sizes"], **sizes})
     cfg.modules, cfg.norm = args.modules or cfg.modules, args.norm or cfg.norm
     cfg.rank, cfg.alpha = args.rank or cfg.rank, 2 * (args.rank or cfg.rank)

@@ -55,13 +55,20 @@ class Stand(NamedTuple):
     batch: int               # rows of a task in a round
 
     @property
+    def toy(self):
+        return self.sources == TOY_SEEN
+
+    @property
     def preset(self):
-        return TOY if self.sources == TOY_SEEN else REAL
+        return TOY if self.toy else REAL
+
+    def batch_of(self, how):
+        return how.batch if self.toy and how.batch else self.batch
 
     def rates(self, how):
         """Three learning rates for a Method."""
-        rates = (RATES if self.preset is TOY else REAL_RATES)[how.start]
-        return [lr / 2 if how.batch else lr for lr in rates] if any(how.rounds) else [0.0]
+        rates = (RATES if self.toy else REAL_RATES)[how.start]
+        return [lr * min(1, self.batch_of(how) / 4) for lr in rates] if any(how.rounds) else [0.0]
 
 
 TOY_STAND = Stand(TOY_SEEN, "toy-gemma", ROOT / "toy/data", None, 1000, 60, 10 ** 6, 8)
@@ -69,7 +76,7 @@ TOY_STAND = Stand(TOY_SEEN, "toy-gemma", ROOT / "toy/data", None, 1000, 60, 10 *
 
 class Method(NamedTuple):
     """A way to fit an unseen base: a function of starts.py, {value of its knob: its settings}, numbers of rounds; what
-    the Config of its core has of its own; rows of a task in a round, if not the stand's."""
+    the Config of its core has of its own; rows of a task in a round of the toy, if not the stand's."""
     start: Callable
     knobs: dict
     rounds: tuple
@@ -182,7 +189,7 @@ def cell(stand, method, knob, lr, n, rounds, seed, search):
     base, rows = here.base, here.rows
     torch.manual_seed(seed)
     generate, stages, train_rows = how.start(here, **how.knobs[knob])
-    logs = [run([base], generate, stage(lr, rounds), train_rows, seed, how.batch or stand.batch, max_tokens)
+    logs = [run([base], generate, stage(lr, rounds), train_rows, seed, stand.batch_of(how), max_tokens)
             for stage in stages if rounds]
     with torch.no_grad():
         adapters = generate(base.name)
@@ -210,6 +217,7 @@ def main(argv=None):
             if getattr(args, flag) is None:
                 raise BadInput(f"--{flag} is needed with --bases")
         stand = Stand(tuple(args.bases), args.to[0], args.data, args.tasks and tuple(args.tasks), **REAL_ROWS)
+    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "fair.jsonl"
     lines = read_jsonl(path)
     def add(method, knob, lr, n, rounds, seed, search):
@@ -220,9 +228,9 @@ def main(argv=None):
             lines.extend(new)
     for method, n in itertools.product(args.methods, args.n):
         how = METHODS[method]
-        for rounds in how.rounds if stand is TOY_STAND else {REAL_ROUNDS if any(how.rounds) else 0}:
-            searched = min(rounds, SEARCHED // (how.batch or stand.batch))
-            settings = list(itertools.product(stand.rates(how), list(how.knobs)[:2 if stand is TOY_STAND else 1]))
+        for rounds in how.rounds if stand.toy else {REAL_ROUNDS if any(how.rounds) else 0}:
+            searched = min(rounds, SEARCHED // stand.batch_of(how))
+            settings = list(itertools.product(stand.rates(how), list(how.knobs)[:2 if stand.toy else 1]))
             for lr, knob in settings if len(settings) > 1 else ():
                 add(method, knob, lr, n, searched, 0, True)
             *_, lr, knob = max(tried(lines, method, n, searched), default=settings[0])

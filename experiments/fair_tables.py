@@ -2,7 +2,7 @@
 import numpy as np
 import pandas as pd
 
-from bases import TOY_SEEN, short_name
+from bases import short_name
 from experiments.cells import markdown, numbers, over_seeds, spread
 from experiments.tables import TOLERANCE
 from runtime.files import write_whole
@@ -56,9 +56,9 @@ def table(stand, lines):
     commits, machines = (", ".join(dict.fromkeys(line[key] for line in lines)) for key in ("commit", "hardware"))
     return "\n".join([
         "# LoRAs and ports at equal numbers of rounds", "",
-        f"{'Toy, f' if stand.sources == TOY_SEEN else 'F'}rom {' and '.join(map(short_name, stand.sources))} to "
-        f"{short_name(stand.target)}; tasks: {', '.join(stand.tasks or ['all'])}; {stand.batch} rows of each task in a",
-        "round for LoRAs and 2 for PorTAL, whose core has d_c 32, the presets', unless the method says otherwise.",
+        f"{'Toy, f' if stand.toy else 'F'}rom {' and '.join(map(short_name, stand.sources))} to "
+        f"{short_name(stand.target)}; tasks: {', '.join(stand.tasks or ['all'])}. Rows of each task in a round: {stand.batch}"
+        + ("; 2 for PorTAL, whose core has d_c 32, the presets', unless the method says otherwise" * stand.toy) + ".",
         "Settings searched for each method, n and number of rounds on rows held out of train (below), then measured on",
         "the evaluation rows with every seed. Means over the tasks,",
         "± sd over seeds; [low, high]: 95% interval over evaluation rows, paired bootstrap. FLOPs: the count of",

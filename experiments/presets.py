@@ -12,6 +12,7 @@ SOURCE rows a task; latents, of one of the toy's tasks alone, from one of more t
 not fitted again; the table is drawn from it.
 """
 import copy, functools, itertools, pathlib, random, tempfile
+from types import SimpleNamespace
 
 import pandas as pd
 import torch
@@ -28,7 +29,7 @@ from runtime.files import ROOT, append_jsonl, read_jsonl, write_whole
 from runtime.flags import commas, parse, positive, run_main
 from runtime.job import Job
 from runtime.report import commit, hardware
-from train import REAL, fit
+from train import REAL, fit, resolve_settings
 
 TASKS = {"toy": ["largest", "second"], "real": ["cb", "wsc", "arc_easy"]}
 MORE = ("first", "last", "third", "smallest", "animal", "fruit")
@@ -82,8 +83,10 @@ def random_base(width, tokenizer, folder):
     return folder
 
 
-def preset_lr(kind):
-    return (REAL["port"] if kind == "port" else REAL)["lr"]
+def preset_lr(kind, n):
+    """The rate that the commands take for n rows a task."""
+    few = SimpleNamespace(lr=None, epochs=EPOCHS)
+    return resolve_settings(few, REAL["port"] if kind == "port" else REAL, rows={"": (range(n), [])})["lr"]
 
 
 def table(cells):
@@ -91,14 +94,14 @@ def table(cells):
     lines = []
     for (kind, base, tasks, n), own in pd.DataFrame(cells).groupby(["kind", "base", "tasks", "n"], sort=False):
         own = own.drop_duplicates("lr", keep="last").sort_values("lr")
-        preset, ends = own[own["lr"] == preset_lr(kind)], own["losses"].map(lambda losses: losses[-1])
+        preset, ends = own[own["lr"] == preset_lr(kind, n)], own["losses"].map(lambda losses: losses[-1])
         rates = ", ".join(f"{lr:.2g}: {end:.2f}" for lr, end in zip(own["lr"], ends))
         line = dict(zip(("fit", "base", "tasks", "n"), (kind, base, tasks, n))) | {
             "bare": f"{own['bare'].iloc[0]:.2f}", "preset": None, "by epoch": None, "all rates' last epoch": rates}
         if len(preset):
             losses, bare = preset["losses"].iloc[0], preset["bare"].iloc[0]
             gap = f"{ends.min() - losses[-1]:.2f}"
-            line |= {"preset": f"{preset_lr(kind):g}", "by epoch": " ".join(f"{loss:.2f}" for loss in losses),
+            line |= {"preset": f"{preset_lr(kind, n):g}", "by epoch": " ".join(f"{loss:.2f}" for loss in losses),
                      "BAx / Wx": f"{preset['ratios'].iloc[0][-1]:.2g}",
                      "never above bare": "yes" if max(losses[1:]) <= bare else "**no**",
                      "best - preset": None if len(own) < 5 else
@@ -128,12 +131,12 @@ def main(argv=None):
                  n=dict(type=commas(positive(int)), default=ROWS, metavar="N,N", help="training rows a task"))
     path, folders, first = args.out / "presets.jsonl", {"toy": ROOT / "toy/data", "real": args.data}, args.bases[0]
     done = {(c["kind"], c["base"], c["tasks"], c["n"], c["lr"]) for c in read_jsonl(path)}
-    def rate(kind, factor):
-        return float(f"{factor * preset_lr(kind):.3g}")
+    def rate(kind, n, factor):
+        return float(f"{factor * preset_lr(kind, n):.3g}")
     loaded = functools.cache(lambda spec: load_base(spec, args.device, args.dtype))
     @functools.cache
     def fitted(kind, spec, tasks, n, factor, more=()):
-        lr = rate(kind, factor)
+        lr = rate(kind, n, factor)
         others = MORE if kind == "latent" else ()                                    # of the source
         source = None if kind == "source" else fitted("source", first, tasks, SOURCE, 1, others)[0]
         rows = rows_of(folders[tasks], [*([NEW] if kind == "latent" else TASKS[tasks]), *more], n)
@@ -147,7 +150,7 @@ def main(argv=None):
     specs = args.bases + [random_base(width, loaded(first).tokenizer, made.name) for width in args.widths]
     for factor, n, tasks, spec in itertools.product(FACTORS, args.n, TASKS, specs):  # the presets first
         for kind in ("source", *(["port"] if spec != first else ["latent"] if tasks == "toy" else [])):
-            if folders[tasks] and (kind, loaded(spec).name, tasks, n, rate(kind, factor)) not in done:
+            if folders[tasks] and (kind, loaded(spec).name, tasks, n, rate(kind, n, factor)) not in done:
                 fitted(kind, spec, tasks, n, factor)
 
 

@@ -51,13 +51,13 @@ def test_a_random_base_has_the_width_and_the_tokenizer_asked_for(tmp_path):
 def test_the_table_marks_what_does_not_hold():
     def cells(n, losses, ends):
         line = dict(kind="port", base="b", tasks="toy", n=n, bare=3.0, ratios=[0.1] * 3, accs=[1.0] * 3, commit="c", hardware="h")
-        return [dict(line, lr=0.3 * f, losses=losses if f == 1 else [9.0, 9.0, end])
+        return [dict(line, lr=presets.preset_lr("port", n) * f, losses=losses if f == 1 else [9.0, 9.0, end])
                 for f, end in zip((1 / 9, 1 / 3, 1, 3, 9), ends)]
     good = cells(8, [4.0, 2.0, 1.0], [2.0, 1.5, None, 0.95, 5.0])
     above, far = cells(16, [1.0, 3.1, 1.0], [2.0] * 5), cells(64, [1.0, 1.0, 1.0], [2.0, 2.0, None, 0.8, 5.0])
     lines = presets.table([*good, *above, *far, *good[:3][::-1]]).splitlines()[-3:]
     ends = [line.split(" | ")[-2:] for line in lines]
     assert ends == [["yes", "-0.05 |"], ["**no**", "0.00 |"], ["yes", "**-0.20** |"]]
-    assert "0.033: 2.00, 0.1: 1.50, 0.3: 1.00, 0.9: 0.95, 2.7: 5.00" in lines[0]
+    assert "0.082: 2.00, 0.24: 1.50, 0.73: 1.00, 2.2: 0.95, 6.6: 5.00" in lines[0]
     assert presets.table(good[2:]).splitlines()[-1].endswith("| yes | - |")          # too few rates to be called best
     assert presets.table([*far, *good[:1]]).splitlines()[-1].endswith("| 3.00 | - | - | 0.033: 2.00 | - | - | - |")
