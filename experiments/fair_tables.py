@@ -57,7 +57,8 @@ def table(stand, lines):
     return "\n".join([
         "# LoRAs and ports at equal numbers of rounds", "",
         f"{'Toy, f' if stand.toy else 'F'}rom {' and '.join(map(short_name, stand.sources))} to "
-        f"{short_name(stand.target)}; tasks: {', '.join(stand.tasks or ['all'])}. Rows of each task in a round: {stand.batch}"
+        f"{short_name(stand.target)}; tasks: {', '.join(stand.tasks or ['all'])}.",
+        f"Rows of a task in a round: {stand.batch}"
         + ("; 2 for PorTAL, whose core has d_c 32, the presets', unless the method says otherwise" * stand.toy) + ".",
         "Settings searched for each method, n and number of rounds on rows held out of train (below), then measured on",
         "the evaluation rows with every seed. Means over the tasks,",

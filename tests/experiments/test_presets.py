@@ -60,4 +60,4 @@ def test_the_table_marks_what_does_not_hold():
     assert ends == [["yes", "-0.05 |"], ["**no**", "0.00 |"], ["yes", "**-0.20** |"]]
     assert "0.082: 2.00, 0.24: 1.50, 0.73: 1.00, 2.2: 0.95, 6.6: 5.00" in lines[0]
     assert presets.table(good[2:]).splitlines()[-1].endswith("| yes | - |")          # too few rates to be called best
-    assert presets.table([*far, *good[:1]]).splitlines()[-1].endswith("| 3.00 | - | - | 0.033: 2.00 | - | - | - |")
+    assert presets.table([*far, *good[:1]]).splitlines()[-1].endswith("| 3.00 | - | - | 0.082: 2.00 | - | - | - |")
