@@ -35,7 +35,7 @@ REAL = dict(n=2000, epochs=5, batch_size=4, lr=0.015, least=1, max_tokens=4096, 
 TOY = dict(n=1000, epochs=2, batch_size=8, lr=0.3, least=28, max_tokens=4096,
            sizes=dict(d_z=64, hidden=256, d_c=32),
            port=dict(n=1000, epochs=1, batch_size=2, lr=0.5, least=448, max_tokens=4096, whiten=0.1),
-           lora=dict(epochs=1, batch_size=8, lr=1e-2, least=112, max_tokens=4096),
+           lora=dict(epochs=1, batch_size=2, lr=5e-3, least=448, max_tokens=4096),
            lora_iso=dict(epochs=6, batch_size=8, lr=3e-3, least=112, max_tokens=4096))
 FEW = 36                                                                             # steps; see resolve_settings
 WRITE_UP_LR = 1e-3                                                                   # the default with norm "none"
