@@ -37,7 +37,7 @@ from train import REAL, TOY, fit
 
 ROWS, SEARCHED, REAL_ROUNDS = (32, 125, 1000), 896, 24
 ROUNDS, SMALL_ROUNDS = (28, 56, 80, 112, 224), (112, 224, 448)                       # of 8 and of 2 rows a task
-REAL_ROWS = dict(rows=64, held=40, measured=100, batch=4)                            # of Stand, on other bases
+REAL_ROWS = dict(rows=32, held=40, measured=100, batch=4)                            # of Stand, on other bases
 RATES = {loras: (3e-3, 1e-2, 2e-2), ports: (0.75, 1.5, 3.0)}                         # half of them for batches of 2
 REAL_RATES = {loras: (3e-4, 1e-3, 3e-3), ports: (0.1, 0.3, 0.9)}
 WIDE = (("d_c", 256),)                                                               # the preset's is 32
