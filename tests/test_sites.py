@@ -254,7 +254,7 @@ def test_train_port_and_evaluate_between_unlike_bases(unlike_world):
     from peft import PeftModel
     quick = "--epochs 1 --batch-size 2".split()
     assert command(train, "--bases", "./base-a,./hybrid", "--data", "data", "--n", "8", *quick, "--run", "R", "--lr", "3e-2") == 0
-    assert command(port, "--run", "R", "--to", "./unlike,./fused", "--n", "4,8", *quick, "--lr", "3e-2") == 0
+    assert command(port, "--run", "R", "--to", "./unlike,./fused", "--n", "8", *quick, "--lr", "3e-2") == 0
     assert command(port, "--run", "R", "--to", "./unlike", "--n", "8", "--align", "--overwrite", *quick, "--lr", "3e-2") == 0
     assert command(evaluation, "--run", "R", *quick, "--lr", "3e-2") == 0
     t = load_config(unlike_world / "R")[1].tasks.index("two")
