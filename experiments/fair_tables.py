@@ -11,6 +11,7 @@ from score import macro
 
 LORAS = ("lora", "lora of batch 2")                                                  # what all others are compared with
 
+
 def tried(lines, method, n, rounds):
     """The search's [(acc_norm, -log_loss, lr, knob)], means over the tasks, in the order of the settings."""
     found = {}

@@ -12,14 +12,15 @@ from baselines import cross_lora
 from data import encode
 from experiments import fair, fair_tables, starts
 from frozen import same_depths
+from runtime.files import read_jsonl
 from runtime.report import pack
-from score import score
+from score import macro, score
 
 MODULES = ["q", "v"]
 
 
 @pytest.fixture
-def world():
+def here():
     """A port from a tiny Qwen3 to a tiny Llama, of a core of random numbers."""
     source, base, rows = tiny_base(name="source"), tiny_base("llama", name="target"), small_rows()
     portal = make_portal(source)
@@ -29,78 +30,78 @@ def world():
     return starts.World(base, portal, source, lambda: loras, rows)
 
 
-def test_an_aligned_P_out_solves_its_least_squares(world):
+def test_an_aligned_P_out_solves_its_least_squares(here):
     """On the source itself the ridge map is the identity, and P_out B_hat the source's B."""
-    own = starts.World(world.source, world.portal, world.source, None, world.rows)
+    own = starts.World(here.source, here.portal, here.source, None, here.rows)
     own.texts = [" ".join(f"w{(7 * i + j * j) % 50}" for j in range(9)) for i in range(50)]
     with torch.no_grad():
-        _, wanted = world.like(world.portal.core, world.portal.z)
+        _, wanted = here.like(here.portal.core, here.portal.z)
         P_out = starts.aligned_P_out(own, by=1e-9)
-        _, B_hat = world.portal.core(world.portal.z, own.converter().e)
+        _, B_hat = here.portal.core(here.portal.z, own.converter().e)
     found = P_out["v"] @ B_hat["v"]                                                  # q's outputs have fewer dimensions than
     assert (found - wanted["v"]).norm() < 0.01 * wanted["v"].norm()                  # d_out: its B cannot come back whole
 
 
-def test_ridge_maps_solve_their_least_squares_and_carry_a_lora(world):
+def test_ridge_maps_solve_their_least_squares_and_carry_a_lora(here):
     """Against numpy on the same token ends; on the source itself a carried LoRA comes back."""
-    world.texts = ["w1 w22 w3 w4", "w40 w4 w7"]
-    M, R = world.maps["v", 1]
+    here.texts = ["w1 w22 w3 w4", "w40 w4 w7"]
+    M, R = here.maps["v", 1]
     X, Y = [], []
-    for text in world.texts:
-        x, source_x = port.shared_inputs(world.base, world.source, text, ["v"])
+    for text in here.texts:
+        x, source_x = port.shared_inputs(here.base, here.source, text, ["v"])
         X.append(x["v", 1].double().numpy())
-        Y.append(source_x["v", [s for (l, *_), (s, *_) in same_depths(world.base, world.source, "v") if l == 1][0]].double().numpy())
+        Y.append(source_x["v", [s for (l, *_), (s, *_) in same_depths(here.base, here.source, "v") if l == 1][0]].double().numpy())
     X, Y = np.concatenate(X), np.concatenate(Y)
     lam = 1e-2 * (X ** 2).sum(0).mean()
     want = np.linalg.lstsq(np.concatenate([X, lam ** 0.5 * np.eye(X.shape[1])]), np.concatenate([Y, np.zeros((X.shape[1], Y.shape[1]))]),
                            rcond=None)[0].T
     np.testing.assert_allclose(M, want, rtol=1e-3, atol=1e-5)
-    assert R.shape == (world.base.groups["v"].d_out, world.source.groups["v"].d_out)
-    own = starts.World(world.source, world.portal, world.source, world.loras, world.rows)
+    assert R.shape == (here.base.groups["v"].d_out, here.source.groups["v"].d_out)
+    own = starts.World(here.source, here.portal, here.source, here.loras, here.rows)
     own.texts = [" ".join(f"w{(7 * i + j * j) % 50}" for j in range(9)) for i in range(50)]
     own.maps = starts.ridge_maps(own, starts.MODULES, 1e-9)
-    carried, loras = starts.by_maps(own), world.loras()
-    x = port.layer_inputs(world.source, own.texts[0], ["v"])[0]["v", 0]
+    carried, loras = starts.by_maps(own), here.loras()
+    x = port.layer_inputs(here.source, own.texts[0], ["v"])[0]["v", 0]
     for t in range(3):
         got, want = (x @ a.A["v"][t, 0].T @ a.B["v"][t, 0].T for a in (carried, loras))
         assert (got - want).norm() < 0.05 * want.norm()
 
 
-def test_ports_leave_the_world_as_it_is_and_start_as_named(world):
-    before = copy.deepcopy(world.portal)
+def test_ports_leave_the_world_as_it_is_and_start_as_named(here):
+    before = copy.deepcopy(here.portal)
     def of(**settings):
         torch.manual_seed(1)
-        generate, stages, rows = starts.ports(world, **settings)
-        assert rows is (world.taught if "teacher" in settings else world.rows)
+        generate, stages, rows = starts.ports(here, **settings)
+        assert rows is (here.taught if "teacher" in settings else here.rows)
         return generate.__self__, generate("target"), stages
     plain, adapters, stages = of()
     assert all(not b.any() for b in adapters.B.values()) and len(stages) == 1
     (learner,) = stages[0](0.1, 7)
     assert learner.rounds == 7 and {id(p) for p in learner.params} == {id(p) for p in plain.converters["target"].parameters()}
     swapped, *_ = of(swapped=True)
-    assert torch.equal(swapped.z[1], world.portal.z[0]) and torch.equal(plain.z, world.portal.z)
+    assert torch.equal(swapped.z[1], here.portal.z[0]) and torch.equal(plain.z, here.portal.z)
     untrained, *_ = of(untrained=True)
     for m in MODULES:
-        new, old = untrained.core.head_B[m].weight, world.portal.core.head_B[m].weight
+        new, old = untrained.core.head_B[m].weight, here.portal.core.head_B[m].weight
         assert not torch.equal(new, old) and abs(new.std() / old.std() - 1) < 0.2
-    assert torch.equal(of(teacher=True)[0].z, world.portal.z) and world.taught["one"][1] is world.rows["one"][1]
-    assert [row[:3] for row in world.taught["two"][0]] == [row[:3] for row in world.rows["two"][0]]
+    assert torch.equal(of(teacher=True)[0].z, here.portal.z) and here.taught["one"][1] is here.rows["one"][1]
+    assert [row[:3] for row in here.taught["two"][0]] == [row[:3] for row in here.rows["two"][0]]
     aligned, both, _ = of(aligned=True, P_out=True)
-    assert torch.equal(aligned.converters["target"].P_in["q"], world.P_in["q"]) and both.B["q"].any()
+    assert torch.equal(aligned.converters["target"].P_in["q"], here.P_in["q"]) and both.B["q"].any()
     unfrozen, _, (first, second) = of(unfreeze=True)
     (a,), (b,) = first(0.1, 9), second(0.1, 9)
     assert (a.rounds, b.rounds) == (6, 3) and {id(p) for p in b.params} > {id(p) for p in a.params}
     assert len(b.params) == len(a.params) + 1 + len([*unfrozen.core.parameters()]) and b.z is unfrozen.z
-    assert torch.equal(before.z, world.portal.z) and world.portal.core.W1.weight.requires_grad
-    assert all(torch.equal(p, q) for p, q in zip(before.core.parameters(), world.portal.core.parameters(), strict=True))
+    assert torch.equal(before.z, here.portal.z) and here.portal.core.W1.weight.requires_grad
+    assert all(torch.equal(p, q) for p, q in zip(before.core.parameters(), here.portal.core.parameters(), strict=True))
 
 
-def test_a_carried_lora_starts_where_the_transfer_ends(world):
-    generate, *_ = starts.loras(world, carry=cross_lora.copy, factor=0.5)
-    carried = cross_lora.transfer(cross_lora.copy, world.loras(), world.source, world.base)
-    items = encode(world.base.tokenizer, world.rows[next(iter(world.rows))][1], list(world.rows))[0]
+def test_a_carried_lora_starts_where_the_transfer_ends(here):
+    generate, *_ = starts.loras(here, carry=cross_lora.copy, factor=0.5)
+    carried = cross_lora.transfer(cross_lora.copy, here.loras(), here.source, here.base)
+    items = encode(here.base.tokenizer, here.rows[next(iter(here.rows))][1], list(here.rows))[0]
     with torch.no_grad():
-        own, half = (score(world.base, adapters, items, 999) for adapters in (
+        own, half = (score(here.base, adapters, items, 999) for adapters in (
             generate(), carried._replace(scale=carried.scale / 2)))
     torch.testing.assert_close(torch.tensor(own), torch.tensor(half))
 
@@ -130,6 +131,23 @@ def test_the_search_chooses_on_held_out_rows_and_nothing_is_done_twice(tmp_path,
     text = (tmp_path / "fair.md").read_text()
     assert "| lora | 32 | 3 | 0.1 a: 0.500 / 1.000; 0.1 b: 0.500 / 1.000; 0.2 a: 0.500 / 1.000; 0.2 b: 1.000 / 1.000 |" in text
     assert "| lora | 3 | 0.2 | b | 2 | 0.500 ± 0.000 | 1.000 ± 0.000 |" in text
+
+
+def test_on_bases_of_ones_own_rates_and_batches_are_the_real_presets(world, monkeypatch):
+    """The search measures rows held out of train; what it chose is measured on evaluation rows."""
+    monkeypatch.setattr(fair, "REAL_ROWS", dict(rows=4, held=2, measured=3, batch=4))
+    monkeypatch.setattr(fair, "REAL_ROUNDS", 2)
+    fair.main("--bases ./base-a --to ./base-c --data data --tasks one,two --methods portal,lora --n 4 --seeds 0 --out out".split())
+    lines = read_jsonl(world / "out" / "fair.jsonl")
+    tasks = len({line["task"] for line in lines})
+    assert len(lines) == 2 * (3 + 1) * tasks and {line["rounds"] for line in lines} == {2}
+    for method, rates in ("portal", fair.REAL_RATES[starts.ports]), ("lora", fair.REAL_RATES[starts.loras]):
+        own = [line for line in lines if line["method"] == method]
+        assert {line["lr"] for line in own if line["search"]} == set(rates)
+        assert {line["rows"] for line in own if line["search"]} == {2} and {line["rows"] for line in own if not line["search"]} == {3}
+        means = {lr: macro([(x["acc_norm"], -x["log_loss"]) for x in own if x["search"] and x["lr"] == lr]) for lr in rates}
+        assert {line["lr"] for line in own if not line["search"]} == {max(rates, key=means.get)}
+    assert "From base-a to base-c; tasks: one, two." in (world / "out" / "fair.md").read_text()
 
 
 def test_the_table_compares_with_the_best_lora():
