@@ -47,15 +47,16 @@ def preset(names):
 
 
 def resolve_settings(args, default, norm=None, rows=None):
-    """The settings: those given as flags, else the preset's. norm and rows {task: (train, held out)}: of a generator.
+    """Returns the settings: those given as flags, else the preset's.
 
-    With Adam a fit moves about as far as its rates add up to. Fewer than FEW steps take sqrt(FEW / steps) times the
-    preset's rate, which was chosen on longer fits (results/presets.md)."""
+    Where a generator is trained: norm, and rows {task: (train, held out)}. Unless --lr is given, fewer than FEW steps
+    then take sqrt(FEW / steps) times the preset's rate, which is too low for them (results/presets.md)."""
     written = dict(lr=WRITE_UP_LR, whiten=0) if norm == "none" else {}
     found = {k: getattr(args, k, None) or written.get(k, v) for k, v in default.items() if not isinstance(v, dict)}
     if rows and not args.lr and norm != "none":
         steps = most_rounds(rows, found["batch_size"], found["least"]) * found["epochs"]
-        found["lr"] = float(f"{found['lr'] * max(1, FEW / steps) ** 0.5:.3g}")
+        if steps < FEW:
+            found["lr"] = float(f"{found['lr'] * (FEW / steps) ** 0.5:.3g}")
     return found
 
 

@@ -49,9 +49,9 @@ def add_task(args):
     run = find_run(args.run)
     saved, cfg = load_config(run)
     fitted_on, added, folder = bases_for(args, run, saved, cfg), saved.get("added", {}), args.add_task.resolve()
-    task, default, seed = folder.name, preset(fitted_on), (saved["seed"] or 0) if args.seed is None else args.seed
-    rows = {task: sample(load_tasks(folder.parent, [task])[task]["train"], args.n or default["n"], seed)}
-    settings = resolve_settings(args, default, cfg.norm, rows)
+    task, settings = folder.name, resolve_settings(args, preset(fitted_on), cfg.norm)
+    seed = (saved["seed"] or 0) if args.seed is None else args.seed
+    rows = {task: sample(load_tasks(folder.parent, [task])[task]["train"], settings["n"], seed)}
     bases = [reload_base(p, args.device, args.dtype, args.recompute, args.device_map,
                          args.quantize or p.get("quantize"), allow_changed=args.allow_changed_base)
              for p in fitted_on.values()]

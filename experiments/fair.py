@@ -1,16 +1,16 @@
-"""Compares LoRAs and ports at equal numbers of rounds, each with settings searched on the same budget.
+"""Compares LoRAs and ports, each with settings that were searched on the same budget.
 
-    python -m experiments.fair                          everything on the toy: four hours on two cores
+    python -m experiments.fair                          everything on the toy: six hours on two cores
     python -m experiments.fair --methods lora,portal --n 32 --seeds 0
     python -m experiments.fair --bases A --to B --data DIR --tasks cb,wsc --methods lora,portal --n 32 --out DIR
 
 First the search: for every method, number of rows and number of rounds, three rates times two values of one knob of
 its own, seed 0, measured on rows that neither the fit nor the core behind it was trained on; the higher (acc_norm,
--log_loss) is chosen. Fits of more than SEARCHED rows a task take the settings of so many. Then the chosen settings,
-with each seed, on rows drawn as port.py draws them, measured on the evaluation rows. A fit is one pass of a
-learning-rate schedule, and nothing is selected in it. Both are kept in <out>/fair.jsonl, a line a fit and task, and not
-done again; fair.md and fair.png are drawn from it. On bases of one's own (--bases) the fits have REAL_ROUNDS rounds and
-their knobs the first value.
+-log_loss) is chosen. A fit that sees more than SEARCHED rows of a task takes the settings searched at SEARCHED. Then
+the chosen settings, with each seed, on rows drawn as port.py draws them, measured on the evaluation rows. A fit is one
+pass of a learning-rate schedule, and nothing is selected in it. Both are kept in <out>/fair.jsonl, a line a fit and
+task, and not done again; fair.md and fair.png are drawn from it. On bases of one's own (--bases) a fit has REAL_ROUNDS
+rounds, and the search has the three rates and the knob's first value.
 """
 import functools, itertools, tempfile
 from pathlib import Path
@@ -38,45 +38,47 @@ from train import REAL, TOY, fit
 ROWS, SEARCHED, REAL_ROUNDS = (32, 125, 1000), 896, 24
 ROUNDS, SMALL_ROUNDS = (28, 56, 80, 112, 224), (112, 224, 448)                       # of 8 and of 2 rows a task
 REAL_ROWS = dict(rows=32, held=40, measured=100, batch=4)                            # of Stand, on other bases
-RATES = {loras: (3e-3, 1e-2, 2e-2), ports: (0.75, 1.5, 3.0)}                         # half of them for batches of 2
+RATES = {loras: (3e-3, 1e-2, 2e-2), ports: (0.75, 1.5, 3.0)}                         # half of them for rounds of 2 rows
 REAL_RATES = {loras: (3e-4, 1e-3, 3e-3), ports: (0.1, 0.3, 0.9)}
-WIDE = (("d_c", 256),)                                                               # the preset's is 32
+WIDE = (("d_c", 256),)                                                               # the toy's preset is 32
 
 
 class Stand(NamedTuple):
-    """Where methods are compared: bases, tasks, and what of the presets and rates fits them."""
+    """Where methods are compared: bases, tasks, and numbers of rows a task."""
+    toy: bool
     sources: tuple
     target: str
     data: Path
     tasks: tuple | None      # all
-    rows: int                # a task, of source training
-    held: int                # a task, measured in the search
-    measured: int            # a task, evaluation rows at most
-    batch: int               # rows of a task in a round
-
-    @property
-    def toy(self):
-        return self.sources == TOY_SEEN
+    rows: int                # of source training
+    held: int                # measured in the search
+    measured: int | None     # evaluation rows at most
+    batch: int               # of a round, where the method does not say
 
     @property
     def preset(self):
         return TOY if self.toy else REAL
 
     def batch_of(self, how):
-        return how.batch if self.toy and how.batch else self.batch
+        return how.batch or self.batch
 
-    def rates(self, how):
-        """Three learning rates for a Method."""
-        rates = (RATES if self.toy else REAL_RATES)[how.start]
-        return [lr * min(1, self.batch_of(how) / 4) for lr in rates] if any(how.rounds) else [0.0]
+    def rounds(self, how):
+        return how.rounds if self.toy or not any(how.rounds) else [REAL_ROUNDS]
+
+    def settings(self, how):
+        """[(rate, value of the knob)] to search."""
+        rates = (RATES if self.toy else REAL_RATES)[how.start] if any(how.rounds) else [0.0]
+        if how.batch == 2:
+            rates = [lr / 2 for lr in rates]
+        return list(itertools.product(rates, how.knobs if self.toy else [*how.knobs][:1]))
 
 
-TOY_STAND = Stand(TOY_SEEN, "toy-gemma", ROOT / "toy/data", None, 1000, 60, 10 ** 6, 8)
+TOY_STAND = Stand(True, TOY_SEEN, "toy-gemma", ROOT / "toy/data", None, 1000, 60, None, 8)
 
 
 class Method(NamedTuple):
     """A way to fit an unseen base: a function of starts.py, {value of its knob: its settings}, numbers of rounds; what
-    the Config of its core has of its own; rows of a task in a round of the toy, if not the stand's."""
+    the Config of its core has of its own; rows of a task in a round, if not the stand's."""
     start: Callable
     knobs: dict
     rounds: tuple
@@ -123,6 +125,10 @@ METHODS = {
     "lora carried by cross_lora without training": of_carried(cross_lora, 0),
     "lora carried by ridge maps without training": of_carried("maps", 0),
 }
+
+
+ON_ANY = {  # methods of the presets, on bases of one's own
+    name: how._replace(batch=None) for name, how in METHODS.items() if not how.core and "of batch" not in name}
 
 
 loaded = functools.cache(load_base)
@@ -184,7 +190,7 @@ def world(stand, n, seed, search, core):
 
 def cell(stand, method, knob, lr, n, rounds, seed, search):
     """Fits and measures once. Returns a line for each task."""
-    how, max_tokens = METHODS[method], stand.preset["max_tokens"]
+    how, max_tokens = (METHODS if stand.toy else ON_ANY)[method], stand.preset["max_tokens"]
     here = world(stand, n, seed, search, None if how.start is loras else how.core)
     base, rows = here.base, here.rows
     torch.manual_seed(seed)
@@ -205,38 +211,52 @@ def cell(stand, method, knob, lr, n, rounds, seed, search):
 
 
 # ---------------------------------------------------------------------------------------------- the command
+def stand_of(args):
+    """The Stand that the flags describe. Raises BadInput."""
+    if not args.bases:
+        for flag in ("to", "data", "tasks"):
+            if getattr(args, flag):
+                raise BadInput(f"--{flag} goes with --bases; without it the toy is measured")
+        return TOY_STAND
+    for flag in ("to", "data", "out"):
+        if getattr(args, flag) is None:
+            raise BadInput(f"--{flag} is needed with --bases")
+    if len(args.to) > 1:
+        raise BadInput(f"--to: one base is accepted here, not {', '.join(args.to)}")
+    if others := [name for name in args.methods if name not in ON_ANY]:
+        raise BadInput(f"--methods: {others[0]!r} is of the toy alone; with --bases accepted are {', '.join(ON_ANY)}")
+    return Stand(False, tuple(args.bases), args.to[0], args.data, args.tasks and tuple(args.tasks), **REAL_ROWS)
+
+
 def main(argv=None):
     args = parse(__doc__, "bases to data tasks methods n seeds out", argv,
                  n=dict(type=commas(positive(int)), default=ROWS, metavar="N,N"),
-                 methods=dict(type=some_of(METHODS), default=METHODS, help="some of METHODS"),
-                 out=dict(default=ROOT / "results"),
+                 methods=dict(type=some_of(METHODS), default=None, help="some of METHODS"),
                  seeds=dict(type=commas(seed_of), default=(0, 1, 2), metavar="N,N", help="of what is measured"))
-    stand = TOY_STAND
-    if args.bases:
-        for flag in ("to", "data"):
-            if getattr(args, flag) is None:
-                raise BadInput(f"--{flag} is needed with --bases")
-        stand = Stand(tuple(args.bases), args.to[0], args.data, args.tasks and tuple(args.tasks), **REAL_ROWS)
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "fair.jsonl"
+    args.methods = args.methods or list(ON_ANY if args.bases else METHODS)
+    stand, out = stand_of(args), args.out or ROOT / "results"
+    out.mkdir(parents=True, exist_ok=True)
+    path, bases = out / "fair.jsonl", "" if stand.toy else f"{' and '.join(stand.sources)} to {stand.target}"
     lines = read_jsonl(path)
+    if others := {line.get("bases", "") for line in lines} - {bases}:
+        raise BadInput(f"{path} is of other bases ({min(others) or 'the toy'}); --out names another folder")
     def add(method, knob, lr, n, rounds, seed, search):
         wanted = dict(method=method, knob=knob, lr=lr, n=n, rounds=rounds, seed=seed, search=search)
         if not any(wanted.items() <= line.items() for line in lines):
-            new = cell(stand, **wanted)
+            new = [dict(line, bases=bases) for line in cell(stand, **wanted)]
             append_jsonl(path, *new)
             lines.extend(new)
     for method, n in itertools.product(args.methods, args.n):
-        how = METHODS[method]
-        for rounds in how.rounds if stand.toy else {REAL_ROUNDS if any(how.rounds) else 0}:
-            searched = min(rounds, SEARCHED // stand.batch_of(how))
-            settings = list(itertools.product(stand.rates(how), list(how.knobs)[:2 if stand.toy else 1]))
-            for lr, knob in settings if len(settings) > 1 else ():
-                add(method, knob, lr, n, searched, 0, True)
+        how = (METHODS if stand.toy else ON_ANY)[method]
+        for rounds in stand.rounds(how):
+            searched, settings = min(rounds, SEARCHED // stand.batch_of(how)), stand.settings(how)
+            if len(settings) > 1:
+                for lr, knob in settings:
+                    add(method, knob, lr, n, searched, 0, True)
             *_, lr, knob = max(tried(lines, method, n, searched), default=settings[0])
             for seed in args.seeds:
                 add(method, knob, lr, n, rounds, seed, False)
-    draw(args.out, stand, lines)
+    draw(out, stand, lines)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from runtime.report import drawing, unpack
 from score import macro
 
 LORAS = ("lora", "lora of batch 2")                                                  # what all others are compared with
+TOY_ROUNDS = ('Rows of a task in a round: 8 for LoRAs and for methods with "d_c 256" or "batch 8" in their names, 2 '
+              "for the others. Core: d_c 32 unless named")
 
 
 def tried(lines, method, n, rounds):
@@ -36,18 +38,15 @@ def table(stand, lines):
         loras = own[own["method"].isin(LORAS)]
         best = max(loras["series"].unique(), key=measured.iloc[0].get) if len(loras) else None
         near = {s for s in own["series"] if best and measured[s][0] >= measured[best][0] - TOLERANCE}
-        text = []
+        text, accs, losses = [], over_seeds(own, spread), over_seeds(own, spread, "log_loss")
         for series, of_it in own.groupby("series", sort=False):
-            first = of_it.iloc[0]
+            first, by_seed = of_it.iloc[0], of_it.groupby("seed")[["flops", "seconds"]].first().mean()
             text.append({"method": first["method"], "rounds": first["rounds"], "lr": f"{first['lr']:g}",
                          "knob": first["knob"] or "-", "seeds": of_it["seed"].nunique(),
-                         "acc_norm": over_seeds(of_it, spread)[series],
-                         "log-loss": over_seeds(of_it, spread, "log_loss")[series],
+                         "acc_norm": accs[series] + (" *" if series in near else ""), "log-loss": losses[series],
                          "acc_norm - the LoRA's best": difference(measured, series, best),
                          "worst task": f"{of_it.groupby('task')['acc_norm'].mean().min():.3f}",
-                         "GFLOPs": f"{of_it.groupby('seed')['flops'].first().mean() / 1e9:,.0f}"
-                         + (" *" if series in near else ""),
-                         "seconds": f"{of_it.groupby('seed')['seconds'].first().mean():.0f}"})
+                         "GFLOPs": f"{by_seed['flops'] / 1e9:,.0f}", "seconds": f"{by_seed['seconds']:.0f}"})
         page += markdown(text, f"## {n} rows a task")
     searched = []
     for fits in dict.fromkeys((line["method"], line["n"], line["rounds"]) for line in lines if line["search"]):
@@ -55,14 +54,14 @@ def table(stand, lines):
                          for acc, loss, lr, knob in tried(lines, *fits))
         searched.append({**dict(zip(("method", "n", "rounds"), fits)), "tried: held-out acc_norm / log-loss": text})
     commits, machines = (", ".join(dict.fromkeys(line[key] for line in lines)) for key in ("commit", "hardware"))
+    start, batches = ("Toy, f", TOY_ROUNDS) if stand.toy else ("F", f"Rows of a task in a round: {stand.batch}")
     return "\n".join([
-        "# LoRAs and ports at equal numbers of rounds", "",
-        f"{'Toy, f' if stand.toy else 'F'}rom {' and '.join(map(short_name, stand.sources))} to "
-        f"{short_name(stand.target)}; tasks: {', '.join(stand.tasks or ['all'])}.",
-        f"Rows of a task in a round: {stand.batch}"
-        + ("; 2 for PorTAL, whose core has d_c 32, the presets', unless the method says otherwise" * stand.toy) + ".",
+        "# LoRAs and ports with settings that were searched alike", "",
+        f"{start}rom {' and '.join(map(short_name, stand.sources))} to {short_name(stand.target)}; tasks: "
+        f"{', '.join(stand.tasks or ['all'])}.", f"{batches}.",
         "Settings searched for each method, n and number of rounds on rows held out of train (below), then measured on",
-        "the evaluation rows with every seed. Means over the tasks,",
+        "the evaluation rows with every seed. Knob: a LoRA's rank, or half of the delta that it starts from; a port's",
+        "features whitened or not. Means over the tasks,",
         "± sd over seeds; [low, high]: 95% interval over evaluation rows, paired bootstrap. FLOPs: the count of",
         "experiments/paper.py; what aligns a port, a forward pass of 1,000 prompts on two bases, is not in them,",
         "nor is the gradient of an unfrozen core. Seconds: of the rounds alone, beside other work.",

@@ -85,8 +85,8 @@ def random_base(width, tokenizer, folder):
 
 def preset_lr(kind, n):
     """The rate that the commands take for n rows a task."""
-    few = SimpleNamespace(lr=None, epochs=EPOCHS)
-    return resolve_settings(few, REAL["port"] if kind == "port" else REAL, rows={"": (range(n), [])})["lr"]
+    few, preset = SimpleNamespace(lr=None, epochs=EPOCHS), REAL["port"] if kind == "port" else REAL
+    return resolve_settings(few, preset, rows=None if kind == "latent" else {"": (range(n), [])})["lr"]
 
 
 def table(cells):
