@@ -24,7 +24,7 @@ from data import encode, load_tasks, sample
 from experiments import presets
 from experiments.fair_tables import draw, tried
 from experiments.paper import dims_of, flops, generator_flops
-from experiments.starts import World, loras, ports
+from experiments.starts import World, bare, loras, ports
 from learner import Learner, most_rounds
 from portal import MODULES, Config, Converter, Portal
 from runtime.files import ROOT, BadInput, append_jsonl, read_jsonl
@@ -99,6 +99,7 @@ def of_carried(carry, rounds):
 
 RANKS = {"rank 16": dict(rank=16), "rank 4": dict(rank=4)}
 METHODS = {
+    "bare base": Method(bare, {"": {}}, (0,)),
     "lora": Method(loras, RANKS, ROUNDS),
     "lora of batch 2": Method(loras, RANKS, SMALL_ROUNDS, batch=2),
     "portal": of_ports(448, batch=2),
@@ -191,7 +192,7 @@ def world(stand, n, seed, search, core):
 def cell(stand, method, knob, lr, n, rounds, seed, search):
     """Fits and measures once. Returns a line for each task."""
     how, max_tokens = (METHODS if stand.toy else ON_ANY)[method], stand.preset["max_tokens"]
-    here = world(stand, n, seed, search, None if how.start is loras else how.core)
+    here = world(stand, n, seed, search, how.core if how.start is ports else None)
     base, rows = here.base, here.rows
     torch.manual_seed(seed)
     generate, stages, train_rows = how.start(here, **how.knobs[knob])
@@ -201,9 +202,9 @@ def cell(stand, method, knob, lr, n, rounds, seed, search):
         adapters = generate(base.name)
         items = encode(base.tokenizer, [row for _, measured in rows.values() for row in measured], list(rows))[0]
         cells = evaluate(base, adapters, items, max_tokens)
-    tokens, own = sum(log["tokens"] for log in logs), dims_of(adapters)
+    tokens, own = sum(log["tokens"] for log in logs), dims_of(adapters) if adapters else {}
     every = {g: (len(layers), 1, d_in, d_out) for g, (_, layers, d_in, d_out) in base.groups.items()}
-    generator = 0 if how.start is loras else generator_flops(here.portal.cfg, len(base.blocks), own)
+    generator = generator_flops(here.portal.cfg, len(base.blocks), own) if how.start is ports else 0
     fixed = dict(method=method, knob=knob, lr=lr, n=n, rounds=rounds, seed=seed, search=search, tokens=tokens,
                  flops=flops(tokens, rounds, every, own, generator), seconds=sum(log["seconds"] for log in logs),
                  hardware=hardware(), commit=commit())

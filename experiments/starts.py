@@ -67,6 +67,11 @@ class World:
         return ridge_maps(self, MODULES)
 
 
+def bare(world):
+    """The base as it is."""
+    return lambda name: None, [], world.rows
+
+
 # ---------------------------------------------------------------------------------------------- LoRAs
 def loras(world, rank=16, carry=None, factor=1):
     """LoRAs of all projections, alpha twice the rank. carry: computes where they start from the source's, a method of
