@@ -37,7 +37,7 @@ TOY = dict(n=1000, epochs=2, batch_size=8, lr=0.3, least=28, max_tokens=4096,
            port=dict(n=1000, epochs=1, batch_size=2, lr=0.5, least=448, max_tokens=4096, whiten=0.1),
            lora=dict(epochs=1, batch_size=2, lr=5e-3, least=448, max_tokens=4096),
            lora_iso=dict(epochs=6, batch_size=8, lr=3e-3, least=112, max_tokens=4096))
-FEW = 36                                                                             # steps; see resolve_settings
+FEW = 24                                                                             # steps; see resolve_settings
 WRITE_UP_LR = 1e-3                                                                   # the default with norm "none"
 
 

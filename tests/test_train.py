@@ -265,8 +265,8 @@ def test_few_steps_take_a_larger_rate_but_not_one_that_is_given():
     def lr(n, given=None, norm="layer"):
         args = SimpleNamespace(lr=given, epochs=3)
         return resolve_settings(args, REAL, norm, {"one": (range(n), []), "two": (range(2), [])})["lr"]
-    assert lr(8) == pytest.approx(REAL["lr"] * 6 ** 0.5, rel=1e-2)                  # 3 epochs of 2 rounds: a sixth of 36 steps
-    assert lr(48) == lr(999) == REAL["lr"] < lr(44)
+    assert lr(8) == 2 * REAL["lr"]                                                   # 3 epochs of 2 rounds, a quarter of 24 steps
+    assert lr(32) == lr(999) == REAL["lr"] < lr(28)
     assert lr(8, 0.002) == 0.002 and lr(8, norm="none") == lr(999, norm="none") == 1e-3
 
 

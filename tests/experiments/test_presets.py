@@ -58,6 +58,6 @@ def test_the_table_marks_what_does_not_hold():
     lines = presets.table([*good, *above, *far, *good[:3][::-1]]).splitlines()[-3:]
     ends = [line.split(" | ")[-2:] for line in lines]
     assert ends == [["yes", "-0.05 |"], ["**no**", "0.00 |"], ["yes", "**-0.20** |"]]
-    assert "0.082: 2.00, 0.24: 1.50, 0.73: 1.00, 2.2: 0.95, 6.6: 5.00" in lines[0]
+    assert "0.067: 2.00, 0.2: 1.50, 0.6: 1.00, 1.8: 0.95, 5.4: 5.00" in lines[0]
     assert presets.table(good[2:]).splitlines()[-1].endswith("| yes | - |")          # too few rates to be called best
-    assert presets.table([*far, *good[:1]]).splitlines()[-1].endswith("| 3.00 | - | - | 0.082: 2.00 | - | - | - |")
+    assert presets.table([*far, *good[:1]]).splitlines()[-1].endswith("| 3.00 | - | - | 0.067: 2.00 | - | - | - |")
