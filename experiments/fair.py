@@ -19,7 +19,7 @@ from typing import Callable, NamedTuple
 import torch
 
 from baselines.cross_lora import copy, cross_lora
-from bases import TOY_SEEN, load_base
+from bases import TOY_SEEN, load_base, short_name
 from data import encode, load_tasks, sample
 from experiments import presets
 from experiments.fair_tables import draw, tried
@@ -54,6 +54,10 @@ class Stand(NamedTuple):
     held: int                # measured in the search
     measured: int | None     # evaluation rows at most
     batch: int               # of a round, where the method does not say
+
+    @property
+    def bases(self):
+        return f"{' and '.join(map(short_name, self.sources))} to {short_name(self.target)}"
 
     @property
     def preset(self):
@@ -237,7 +241,7 @@ def main(argv=None):
     args.methods = args.methods or list(ON_ANY if args.bases else METHODS)
     stand, out = stand_of(args), args.out or ROOT / "results"
     out.mkdir(parents=True, exist_ok=True)
-    path, bases = out / "fair.jsonl", "" if stand.toy else f"{' and '.join(stand.sources)} to {stand.target}"
+    path, bases = out / "fair.jsonl", "" if stand.toy else stand.bases
     lines = read_jsonl(path)
     if others := {line.get("bases", "") for line in lines} - {bases}:
         raise BadInput(f"{path} is of other bases ({min(others) or 'the toy'}); --out names another folder")

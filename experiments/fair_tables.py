@@ -2,7 +2,6 @@
 import numpy as np
 import pandas as pd
 
-from bases import short_name
 from experiments.cells import markdown, numbers, over_seeds, spread
 from experiments.tables import TOLERANCE
 from runtime.files import write_whole
@@ -57,8 +56,7 @@ def table(stand, lines):
     start, batches = ("Toy, f", TOY_ROUNDS) if stand.toy else ("F", f"Rows of a task in a round: {stand.batch}")
     return "\n".join([
         "# LoRAs and ports with settings that were searched alike", "",
-        f"{start}rom {' and '.join(map(short_name, stand.sources))} to {short_name(stand.target)}; tasks: "
-        f"{', '.join(stand.tasks or ['all'])}.", f"{batches}.",
+        f"{start}rom {stand.bases}; tasks: {', '.join(stand.tasks or ['all'])}.", f"{batches}.",
         "Settings searched for each method, n and number of rounds on rows held out of train (below), then measured on",
         "the evaluation rows with every seed. Knob: a LoRA's rank, or half of the delta that it starts from; a port's",
         "features whitened or not. Means over the tasks,",
@@ -96,6 +94,8 @@ def draw(folder, stand, lines):
     write_whole(folder / "fair.md", lambda file: file.write_text(table(stand, lines)))
     rows = results(lines)
     of_n = rows.groupby("n")
+    if rows.groupby(["n", "method"])["rounds"].nunique().max() == 1:
+        return
     with drawing(folder / "fair.png", 5 * len(of_n), columns=len(of_n)) as all_axes:
         for axes, (n, of_it) in zip(np.atleast_1d(all_axes), of_n):
             for method, own in of_it.groupby("method", sort=False):
