@@ -9,8 +9,8 @@ from runtime.report import drawing, unpack
 from score import macro
 
 LORAS = ("lora", "lora of batch 2")                                                  # what all others are compared with
-TOY_ROUNDS = ('Rows of a task in a round: 8 for LoRAs and for methods with "d_c 256" or "batch 8" in their names, 2 '
-              "for the others. Core: d_c 32 unless named")
+TOY_ROUNDS = ('Rows of a task in a round: 8 for LoRAs without "batch 2" and for ports with "d_c 256" or "batch 8" in '
+              "their names,\n2 for the others. Core: d_c 32 unless named")
 
 
 def tried(lines, method, n, rounds):
