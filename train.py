@@ -26,9 +26,9 @@ from runtime.resume import digests_of
 from runtime.run_folder import OUT, lock, new_folder, occupied, save_portal, sibling
 from score import delta_ratio, evaluate, full_precision
 
-# REAL: the write-up's numbers (appendix A) but for lr, which is that of sums (Portal.rates). TOY and lr: chosen on rows
-# held out of train. An epoch is a pass over the largest task and has at least `least` rounds: on a few rows a single
-# pass gives too few steps.
+# REAL: the write-up's numbers (appendix A) but for whiten and lr, which is that of sums (Portal.rates). TOY, whiten and
+# lr: chosen on rows held out of train. An epoch is a pass over the largest task and has at least `least` rounds: on a
+# few rows a single pass gives too few steps.
 REAL = dict(n=2000, epochs=5, batch_size=4, lr=0.015, least=1, max_tokens=4096, sizes={},
             port=dict(n=1000, epochs=5, batch_size=4, lr=0.3, least=1, max_tokens=4096, whiten=0.1),
             lora=dict(epochs=5, batch_size=4, lr=1e-4, least=1, max_tokens=4096))

@@ -63,6 +63,14 @@ class Stand(NamedTuple):
     def preset(self):
         return TOY if self.toy else REAL
 
+    @property
+    def methods(self):
+        """METHODS; on other bases than the toy's those of the presets alone, at the stand's batch."""
+        if self.toy:
+            return METHODS
+        return {name: how._replace(batch=None) for name, how in METHODS.items()
+                if not how.core and "of batch" not in name}
+
     def batch_of(self, how):
         return how.batch or self.batch
 
@@ -132,19 +140,15 @@ METHODS = {
 }
 
 
-ON_ANY = {  # methods of the presets, on bases of one's own
-    name: how._replace(batch=None) for name, how in METHODS.items() if not how.core and "of batch" not in name}
-
-
 loaded = functools.cache(load_base)
 
 
 # ---------------------------------------------------------------------------------------------- one fit
-def run(bases, generate, learners, rows, seed, batch, max_tokens):
-    """Runs train.fit for one epoch, with nothing held out; returns its line of log.jsonl."""
+def run(bases, generate, learners, rows, seed, settings):
+    """Runs train.fit for one epoch of settings' batch_size, with nothing held out; returns its line of log.jsonl."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.jsonl"
-        job = Job("fit", dict(epochs=1, batch_size=batch, max_tokens=max_tokens), seed, log)
+        job = Job("fit", {**settings, "epochs": 1}, seed, log)
         fit(job, bases, generate, learners, {task: (train, []) for task, (train, _) in rows.items()})
         return read_jsonl(log)[-1]
 
@@ -170,7 +174,7 @@ def trained(stand, seed, search, core):
         portal.converters[base.name] = Converter(portal.cfg, base.groups_of(portal.cfg.modules))
     rounds = most_rounds(rows, preset["batch_size"]) * preset["epochs"]
     learner = Learner(portal.rates(preset["lr"]), list(rows), rounds, 1, portal.z)
-    run(bases, portal.adapters, [learner], rows, seed, preset["batch_size"], preset["max_tokens"])
+    run(bases, portal.adapters, [learner], rows, seed, preset)
     return portal
 
 
@@ -181,7 +185,7 @@ def source_loras(stand, seed, search):
     torch.manual_seed(seed)
     generate, (learners,), _ = loras(World(source, None, source, None, rows))
     rounds = most_rounds(rows, preset["batch_size"]) * preset["epochs"]
-    run([source], generate, learners(preset["lr"], rounds), rows, seed, preset["batch_size"], preset["max_tokens"])
+    run([source], generate, learners(preset["lr"], rounds), rows, seed, preset)
     return generate()
 
 
@@ -195,13 +199,13 @@ def world(stand, n, seed, search, core):
 
 def cell(stand, method, knob, lr, n, rounds, seed, search):
     """Fits and measures once. Returns a line for each task."""
-    how, max_tokens = (METHODS if stand.toy else ON_ANY)[method], stand.preset["max_tokens"]
+    how, max_tokens = stand.methods[method], stand.preset["max_tokens"]
     here = world(stand, n, seed, search, how.core if how.start is ports else None)
     base, rows = here.base, here.rows
     torch.manual_seed(seed)
     generate, stages, train_rows = how.start(here, **how.knobs[knob])
-    logs = [run([base], generate, stage(lr, rounds), train_rows, seed, stand.batch_of(how), max_tokens)
-            for stage in stages if rounds]
+    settings = dict(batch_size=stand.batch_of(how), max_tokens=max_tokens)
+    logs = [run([base], generate, stage(lr, rounds), train_rows, seed, settings) for stage in stages if rounds]
     with torch.no_grad():
         adapters = generate(base.name)
         items = encode(base.tokenizer, [row for _, measured in rows.values() for row in measured], list(rows))[0]
@@ -228,8 +232,6 @@ def stand_of(args):
             raise BadInput(f"--{flag} is needed with --bases")
     if len(args.to) > 1:
         raise BadInput(f"--to: one base is accepted here, not {', '.join(args.to)}")
-    if others := [name for name in args.methods if name not in ON_ANY]:
-        raise BadInput(f"--methods: {others[0]!r} is of the toy alone; with --bases accepted are {', '.join(ON_ANY)}")
     return Stand(False, tuple(args.bases), args.to[0], args.data, args.tasks and tuple(args.tasks), **REAL_ROWS)
 
 
@@ -238,8 +240,11 @@ def main(argv=None):
                  n=dict(type=commas(positive(int)), default=ROWS, metavar="N,N"),
                  methods=dict(type=some_of(METHODS), default=None, help="some of METHODS"),
                  seeds=dict(type=commas(seed_of), default=(0, 1, 2), metavar="N,N", help="of what is measured"))
-    args.methods = args.methods or list(ON_ANY if args.bases else METHODS)
     stand, out = stand_of(args), args.out or ROOT / "results"
+    methods = args.methods or list(stand.methods)
+    if others := [name for name in methods if name not in stand.methods]:
+        raise BadInput(f"--methods: {others[0]!r} is of the toy alone; with --bases accepted are "
+                       f"{', '.join(stand.methods)}")
     out.mkdir(parents=True, exist_ok=True)
     path, bases = out / "fair.jsonl", "" if stand.toy else stand.bases
     lines = read_jsonl(path)
@@ -251,8 +256,8 @@ def main(argv=None):
             new = [dict(line, bases=bases) for line in cell(stand, **wanted)]
             append_jsonl(path, *new)
             lines.extend(new)
-    for method, n in itertools.product(args.methods, args.n):
-        how = (METHODS if stand.toy else ON_ANY)[method]
+    for method, n in itertools.product(methods, args.n):
+        how = stand.methods[method]
         for rounds in stand.rounds(how):
             searched, settings = min(rounds, SEARCHED // stand.batch_of(how)), stand.settings(how)
             if len(settings) > 1:

@@ -53,10 +53,10 @@ def table(stand, lines):
                          for acc, loss, lr, knob in tried(lines, *fits))
         searched.append({**dict(zip(("method", "n", "rounds"), fits)), "tried: held-out acc_norm / log-loss": text})
     commits, machines = (", ".join(dict.fromkeys(line[key] for line in lines)) for key in ("commit", "hardware"))
-    start, batches = ("Toy, f", TOY_ROUNDS) if stand.toy else ("F", f"Rows of a task in a round: {stand.batch}")
+    start, batches = ("Toy, from", TOY_ROUNDS) if stand.toy else ("From", f"Rows of a task in a round: {stand.batch}")
     return "\n".join([
         "# LoRAs and ports with settings that were searched alike", "",
-        f"{start}rom {stand.bases}; tasks: {', '.join(stand.tasks or ['all'])}.", f"{batches}.",
+        f"{start} {stand.bases}; tasks: {', '.join(stand.tasks or ['all'])}.", f"{batches}.",
         "Settings searched for each method, n and number of rounds on rows held out of train (below), then measured on",
         "the evaluation rows with every seed. Knob: a LoRA's rank, or half of the delta that it starts from; a port's",
         "features whitened or not. Means over the tasks,",
