@@ -11,7 +11,7 @@ import pathlib, time
 
 import torch
 
-from baselines import cross_lora, hypernet, lora
+from baselines import cross_lora, hypernet, lora, state_of
 from bases import find_base, reload_base
 from data import encode, load_run_tasks, sample
 from runtime.distributed import RANK
@@ -113,6 +113,7 @@ class Evaluation:
         before = {"added": {}, **read_json(path)} if path.exists() else {}
         there = before and same_fit(before, p) and before["added"] == p["added"]
         if there and not (self.args.overwrite and what not in self.journal.done):
+            forget(state_of(self.run, method, tag))                                  # if a kill left it behind
             return print(f"{what}: fitted before with {before['settings']}; --overwrite fits it again")
         rows, default = self.train_rows(tag), preset([p["base"]])
         p["rows"] = digests_of(rows)

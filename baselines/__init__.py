@@ -12,8 +12,7 @@ def fit_baseline(run, method, base, rows, provenance, settings, generate, learne
     """Trains `learners` on `rows` {task: (train, held out)} and saves generate(base name) as baselines/<method>/<tag>.
     provenance: that of the base's converter, with its `tag` and the tasks `added` to the run since."""
     tag, name = provenance["tag"], f"baselines/{method}/{provenance['tag']}"
-    state = run / ".resume" / f"{method}-{tag}.safetensors"
-    job = Job(f"{method} {tag}", settings, provenance["seed"], run / "log.jsonl", state)
+    job = Job(f"{method} {tag}", settings, provenance["seed"], run / "log.jsonl", state_of(run, method, tag))
     fit(job, [base], generate, learners, rows)
     path, selected, last = (run / file for file in (f"{name}.json", f"{name}.safetensors", f"final/{name}.safetensors"))
     remove(path)                                             # written last: without it the baseline counts as missing
@@ -25,5 +24,9 @@ def fit_baseline(run, method, base, rows, provenance, settings, generate, learne
         settings=settings,
         epoch_selected={task: learner.epoch for learner in learners for task in learner.tasks},
         seconds=round(job.seconds, 1), date=today()))
-    forget(state)
+    forget(state_of(run, method, tag))
     barrier()                                                                        # every process reads it next
+
+
+def state_of(run, method, tag):
+    return run / ".resume" / f"{method}-{tag}.safetensors"

@@ -12,10 +12,12 @@ from data import Item
 SIZES, LORA = dict(d_z=8, d_e=4, hidden=16, d_c=12), dict(epochs=2, batch_size=2, lr=1e-3, least=1, max_tokens=200)
 TRAIN = "--bases ./base-a,./base-b --data data --n 9 --epochs 2 --batch-size 2 --max-tokens 60 --run".split()
 PORT = "--to ./base-c --n 9 --epochs 2 --batch-size 2 --max-tokens 60 --run".split()
+EVAL = "--bases base-c --eval-rows 4 --methods lora,portal --run".split()
 
 COMMANDS = f"""
-import eval as evaluation, port, train
+import eval as evaluation, port, table, train
 from runtime import distributed, files, flags, run_folder
+table.plot = lambda path, *_: path.touch()                     # slow, and not the point
 train.REAL["sizes"], train.REAL["lora"] = {SIZES}, {LORA}
 def main():
     try:
@@ -28,7 +30,7 @@ def main():
     port.main({PORT + ["two"]})
     run_folder.LOCKS.close()
     distributed.barrier()
-    evaluation.main(["--bases", "base-c", "--eval-rows", "4", "--run", "two"])
+    evaluation.main({EVAL + ["two"]})
 flags.run_main(main)
 """
 
@@ -83,9 +85,10 @@ def test_two_processes_make_the_run_that_one_makes(world, monkeypatch):
     refused = [(world / f"process {rank}").read_text() for rank in (0, 1)]
     assert "loss is not finite on base" in refused[0] and refused[0] == refused[1] and not (world / "bad").exists()
 
+    monkeypatch.setattr("table.plot", lambda path, *_: path.touch())
     monkeypatch.setitem(train.REAL, "sizes", SIZES), monkeypatch.setitem(train.REAL, "lora", LORA)
     for main, argv in ((train.main, [*TRAIN, "one"]), (port.main, [*PORT, "one"]),
-                       (evaluation.main, ["--bases", "base-c", "--eval-rows", "4", "--run", "one"])):
+                       (evaluation.main, [*EVAL, "one"])):
         with run_folder.LOCKS:                                                              # as run_main does
             main(argv)
     one, two = world / "one", world / "two"
