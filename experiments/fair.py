@@ -36,7 +36,7 @@ from score import evaluate
 from train import REAL, TOY, fit
 
 ROWS, SEARCHED, REAL_ROUNDS = (32, 125, 1000), 896, 24
-ROUNDS, SMALL_ROUNDS = (28, 56, 80, 112, 224), (112, 224, 448)                       # of 8 and of 2 rows a task
+ROUNDS, SMALL_ROUNDS = (28, 56, 80, 112, 224), (112, 224, 336, 448)                     # of 8 and of 2 rows a task
 REAL_ROWS = dict(rows=32, held=40, measured=100, batch=4)                            # of Stand, on other bases
 RATES = {loras: (3e-3, 1e-2, 2e-2), ports: (0.75, 1.5, 3.0)}                         # half of them for rounds of 2 rows
 REAL_RATES = {loras: (3e-4, 1e-3, 3e-3), ports: (0.1, 0.3, 0.9)}
@@ -197,6 +197,18 @@ def world(stand, n, seed, search, core):
                  rows_of(stand, n, seed, search))
 
 
+def frozen_dims(base):
+    """The frozen projections of a base as paper.flops takes them."""
+    return {g: (len(layers), 1, d_in, d_out) for g, (_, layers, d_in, d_out) in base.groups.items()}
+
+
+def reading(here, aligned=False, P_out=False, carry=None, **_):
+    """FLOPs of the prompts that a start has both bases read, forward passes alone."""
+    passes = aligned + P_out + (carry == "maps")
+    return passes * sum(flops(len(base.tokenizer(text).input_ids), 0, frozen_dims(base), {})
+                        for base in (here.base, here.source) for text in (here.texts if passes else ())) // 2
+
+
 def cell(stand, method, knob, lr, n, rounds, seed, search):
     """Fits and measures once. Returns a line for each task."""
     how, max_tokens = stand.methods[method], stand.preset["max_tokens"]
@@ -211,11 +223,10 @@ def cell(stand, method, knob, lr, n, rounds, seed, search):
         items = encode(base.tokenizer, [row for _, measured in rows.values() for row in measured], list(rows))[0]
         cells = evaluate(base, adapters, items, max_tokens)
     tokens, own = sum(log["tokens"] for log in logs), dims_of(adapters) if adapters else {}
-    every = {g: (len(layers), 1, d_in, d_out) for g, (_, layers, d_in, d_out) in base.groups.items()}
     generator = generator_flops(here.portal.cfg, len(base.blocks), own) if how.start is ports else 0
     fixed = dict(method=method, knob=knob, lr=lr, n=n, rounds=rounds, seed=seed, search=search, tokens=tokens,
-                 flops=flops(tokens, rounds, every, own, generator), seconds=sum(log["seconds"] for log in logs),
-                 hardware=hardware(), commit=commit())
+                 flops=flops(tokens, rounds, frozen_dims(base), own, generator) + reading(here, **how.knobs[knob]),
+                 seconds=sum(log["seconds"] for log in logs), hardware=hardware(), commit=commit())
     return [dict(fixed, task=task, **{**cells[t], "correct": pack(cells[t]["correct"])}) for t, task in enumerate(rows)]
 
 

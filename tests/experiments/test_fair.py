@@ -4,7 +4,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_base
+from conftest import tiny_base, tiny_model
 from helpers import make_portal, small_rows
 
 import port
@@ -168,4 +168,18 @@ def test_what_it_takes_counts_from_the_cheapest_lora_on_its_plateau():
              *of("portal", 32, 3, 398, 1e9), *of("portal", 32, 9, 400, 4e9), *of("portal", 125, 9, 397, 1e9)]
     text = fair_tables.reach(fair_tables.results(lines))
     assert text[1] == "## Within 0.005 of the LoRA's plateau, 1.000"
-    assert [row.strip("| ").split(" | ") for row in text[5:]] == [["portal", "32", "3", "1", "0.50"], ["lora", "125", "6", "2", "1.00"]]
+    at = text.index("## Within 0.005 of the best LoRA on as many rows")
+    plateau, own = ([row.strip("| ").split(" | ") for row in part if row.startswith(("| lora", "| portal"))]
+                    for part in (text[:at], text[at:]))
+    assert plateau == [["portal", "32", "3", "1", "0.50"], ["lora", "125", "6", "2", "1.00"]]
+    assert own == [["portal", "32", "3", "1", "0.33"], ["lora", "32", "9", "3", "1.00"], ["lora", "125", "6", "2", "1.00"]]
+
+
+def test_what_a_start_reads_is_counted(here):
+    """2 FLOPs a token and weight of the frozen projections of both bases."""
+    here.texts = ["w1 w2 w3", "w4 w5"]
+    weights = sum(p.numel() for architecture in ("qwen3", "llama")
+                  for name, p in tiny_model(architecture).named_parameters() if "_proj.weight" in name)
+    assert fair.reading(here) == 0 and fair.reading(here, rank=4, eps=0.1) == 0
+    assert fair.reading(here, aligned=True) == fair.reading(here, carry="maps") == 2 * 5 * weights
+    assert fair.reading(here, aligned=True, P_out=True, eps=0.1) == 2 * 2 * 5 * weights
