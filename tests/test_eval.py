@@ -10,7 +10,7 @@ from runtime.files import BadInput, append_jsonl, read_jsonl, write_json
 from data import encode, load_tasks
 from eval import adapters_of, write_results
 from score import score
-from runtime.report import read_results, unpack
+from runtime.report import plot, read_results, unpack
 
 @pytest.fixture
 def opened(world, monkeypatch):
@@ -64,7 +64,8 @@ def test_a_run_with_completions_end_to_end(opened, capsys):
     assert "Exact match of the decoded text is reported as acc_norm in say." in (opened / "results.md").read_text()
 
 
-def test_the_table_takes_the_last_row_of_a_cell(tmp_path):
+def test_the_table_takes_the_last_row_of_a_cell(tmp_path, monkeypatch):
+    monkeypatch.setattr("table.plot", plot)                                          # as it is
     write_json(tmp_path / "portal.json", {"bases": [{"base": "a"}]})
     def row(method, task, acc, n=10):
         for select in ("best", "final"):

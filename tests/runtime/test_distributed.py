@@ -85,7 +85,6 @@ def test_two_processes_make_the_run_that_one_makes(world, monkeypatch):
     refused = [(world / f"process {rank}").read_text() for rank in (0, 1)]
     assert "loss is not finite on base" in refused[0] and refused[0] == refused[1] and not (world / "bad").exists()
 
-    monkeypatch.setattr("table.plot", lambda path, *_: path.touch())
     monkeypatch.setitem(train.REAL, "sizes", SIZES), monkeypatch.setitem(train.REAL, "lora", LORA)
     for main, argv in ((train.main, [*TRAIN, "one"]), (port.main, [*PORT, "one"]),
                        (evaluation.main, [*EVAL, "one"])):

@@ -128,7 +128,6 @@ def test_porting_a_sweep(copies, monkeypatch):
 @forks
 def test_evaluating(copies, monkeypatch):
     """Its LoRA fits are three learners with rounds of their own; a cell that is measured is not measured again, or twice."""
-    monkeypatch.setattr("table.plot", lambda path, *_: path.touch())           # slow, and not the point
     survives(evaluation, ["--bases", "./base-b", "--eval-rows", "3", "--methods", "lora,portal"], copies, monkeypatch)
 
 
