@@ -119,6 +119,7 @@ METHODS = {
     "portal core untrained": of_ports(448, batch=2, untrained=True),
     "portal latents swapped": of_ports(448, batch=2, swapped=True),
     "portal aligned to a teacher": of_ports(448, batch=2, aligned=True, teacher=True),
+    "portal aligned to a teacher and 8 labels": of_ports(448, batch=2, aligned=True, teacher=True, labels=8),
     "portal of batch 8": of_ports(112),
     "portal of batch 8 aligned": of_ports(*ROUNDS, aligned=True),
     "portal of batch 8 core untrained": of_ports(112, untrained=True),

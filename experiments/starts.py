@@ -15,7 +15,7 @@ from frozen import Base, same_depths
 from learner import Learner
 from port import align, ridge, shared_inputs, soft_rows, texts_of, whiten
 from portal import MODULES, Converter, Core, Portal, layers_of
-from train import TOY
+from train import preset
 
 UNFREEZE = 0.1  # the rate of a port's last rounds with the core unfrozen, of that of its converter
 
@@ -50,11 +50,16 @@ class World:
         return dict(converter.P_in)
 
     @functools.cached_property
-    def taught(self):
-        """The rows with the answers of the source, with its generated adapters, as the labels of those of train."""
+    def soft(self):
+        """{id of a row of train: it with the answers of the source, with its generated adapters, as its label}."""
         train = [row for rows, _ in self.rows.values() for row in rows]
-        soft = soft_rows(self.source, self.portal.adapters(self.source.name), train, list(self.rows), TOY["max_tokens"])
-        return {task: ([soft[id(row)] for row in rows], measured) for task, (rows, measured) in self.rows.items()}
+        max_tokens = preset([self.source.name])["max_tokens"]
+        return soft_rows(self.source, self.portal.adapters(self.source.name), train, list(self.rows), max_tokens)
+
+    def taught(self, labels):
+        """The rows; but for the first `labels` of a task, those of train have the source's answers as their labels."""
+        return {task: (rows[:labels] + [self.soft[id(row)] for row in rows[labels:]], measured)
+                for task, (rows, measured) in self.rows.items()}
 
     @functools.cached_property
     def P_out(self):
@@ -98,11 +103,12 @@ def by_maps(world):
 
 
 # ---------------------------------------------------------------------------------------------- ports
-def ports(world, aligned=False, P_out=False, eps=None, untrained=False, swapped=False, unfreeze=False, teacher=False):
+def ports(world, aligned=False, P_out=False, eps=None, untrained=False, swapped=False, unfreeze=False, teacher=False,
+          labels=0):
     """A port. aligned: P_in starts as port.py --align has it; P_out: P_out as aligned_P_out has it; eps: of
     port.whiten; untrained: the core is a new one, its B-heads as large as the trained ones'; swapped: each task has
     another one's latent; unfreeze: the last third of the rounds trains latents and core, too; teacher: the labels are
-    the source's answers, as with port.py --teacher."""
+    the source's answers, as with port.py --teacher, but for `labels` rows a task, which keep their own."""
     portal, converter = copy.deepcopy(world.portal), world.converter()
     if untrained:
         portal.core = untrained_core(portal.core)
@@ -122,7 +128,8 @@ def ports(world, aligned=False, P_out=False, eps=None, untrained=False, swapped=
         portal.z.requires_grad_(True)
         portal.core.requires_grad_(True)
         return [Learner(portal.rates(lr * UNFREEZE), list(world.rows), rounds // 3, 1, portal.z)]
-    return portal.adapters, [learners, unfrozen] if unfreeze else [learners], world.taught if teacher else world.rows
+    rows = world.taught(labels) if teacher else world.rows
+    return portal.adapters, [learners, unfrozen] if unfreeze else [learners], rows
 
 
 def untrained_core(core):
