@@ -12,7 +12,7 @@ from data import Item
 SIZES, LORA = dict(d_z=8, d_e=4, hidden=16, d_c=12), dict(epochs=2, batch_size=2, lr=1e-3, least=1, max_tokens=200)
 TRAIN = "--bases ./base-a,./base-b --data data --n 9 --epochs 2 --batch-size 2 --max-tokens 60 --run".split()
 PORT = "--to ./base-c --n 9 --epochs 2 --batch-size 2 --max-tokens 60 --run".split()
-EVAL = "--bases base-c --eval-rows 4 --methods lora,portal --run".split()
+EVAL = "--bases base-c --eval-rows 4 --methods lora,cross_lora,portal --run".split()
 
 COMMANDS = f"""
 import eval as evaluation, port, table, train

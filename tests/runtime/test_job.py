@@ -128,7 +128,7 @@ def test_porting_a_sweep(copies, monkeypatch):
 @forks
 def test_evaluating(copies, monkeypatch):
     """Its LoRA fits are three learners with rounds of their own; a cell that is measured is not measured again, or twice."""
-    survives(evaluation, ["--bases", "./base-b", "--eval-rows", "3", "--methods", "lora,portal"], copies, monkeypatch)
+    survives(evaluation, ["--bases", "./base-b", "--eval-rows", "3", "--methods", "lora,cross_lora,portal"], copies, monkeypatch)
 
 
 @forks
