@@ -4,13 +4,13 @@
     python -m experiments.fair --methods lora,portal --n 32 --seeds 0
     python -m experiments.fair --bases A --to B --data DIR --tasks cb,wsc --methods lora,portal --n 32 --out DIR
 
-First the search: for every method, number of rows and number of rounds, three rates times two values of one knob of
-its own, seed 0, measured on rows that neither the fit nor the core behind it was trained on; the higher (acc_norm,
--log_loss) is chosen. A fit that sees more than SEARCHED rows of a task takes the settings searched at SEARCHED. Then
-the chosen settings, with each seed, on rows drawn as port.py draws them, measured on the evaluation rows. A fit is one
-pass of a learning-rate schedule, and nothing is selected in it. Both are kept in <out>/fair.jsonl, a line a fit and
-task, and not done again; fair.md and fair.png are drawn from it. On bases of one's own (--bases) a fit has REAL_ROUNDS
-rounds, and the search has the three rates and the knob's first value.
+First the search: for every method, number of rows and number of rounds, three rates (LoRAs in rounds of 2 rows: four)
+times two values of one knob of its own, seed 0, measured on rows that neither the fit nor the core behind it was
+trained on; the higher (acc_norm, -log_loss) is chosen. A fit that sees more than SEARCHED rows of a task takes the
+settings searched at SEARCHED. Then the chosen settings, with each seed, on rows drawn as port.py draws them, measured
+on the evaluation rows. A fit is one pass of a learning-rate schedule, and nothing is selected in it. Both are kept in
+<out>/fair.jsonl, a line a fit and task, and not done again; fair.md and fair.png are drawn from it. On bases of one's
+own (--bases) a fit has REAL_ROUNDS rounds, and the search has the three rates and the knob's first value.
 """
 import functools, itertools, tempfile
 from pathlib import Path
@@ -81,7 +81,7 @@ class Stand(NamedTuple):
         """[(rate, value of the knob)] to search."""
         rates = (RATES if self.toy else REAL_RATES)[how.start] if any(how.rounds) else [0.0]
         if how.batch == 2:
-            rates = [lr / 2 for lr in rates]
+            rates = [lr / 2 for lr in rates] + [5e-4] * (how.start is loras)         # that is best with 32 rows
         return list(itertools.product(rates, how.knobs if self.toy else [*how.knobs][:1]))
 
 
