@@ -23,8 +23,11 @@ def tried(lines, method, n, rounds):
 
 
 def results(lines):
-    """The measured lines as the data frame that cells.py takes: a series is a method with its number of rounds."""
+    """The measured lines as the data frame that cells.py takes: a series is a method with its number of rounds. Only
+    those of the settings measured last: a search that was widened may have chosen others."""
     rows = pd.DataFrame([line for line in lines if not line["search"]])
+    last = rows.groupby(["method", "n", "rounds"])[["lr", "knob"]].transform("last")
+    rows = rows[(rows[["lr", "knob"]] == last).all(axis=1)]
     return rows.assign(series=rows["method"] + ", " + rows["rounds"].astype(str),
                        correct=[unpack(text, n) for text, n in zip(rows["correct"], rows["rows"])])
 

@@ -163,6 +163,14 @@ def test_the_table_compares_with_the_best_lora():
     assert [row[5].endswith(" *") for row in text] == [False, True, False]
 
 
+def test_a_wider_search_replaces_what_was_measured():
+    lines = [line("lora", 32, 3, s, False, [True, False], 1.0, 0.1, "a") for s in (0, 1)]
+    lines += [line("lora", 32, 3, 0, True, [True, True], 0.1, 0.05, "a"), line("lora", 125, 3, 0, False, [True, False], 1.0, 0.1, "a")]
+    lines += [line("lora", 32, 3, 0, False, [True, True], 0.1, 0.05, "a")]
+    rows = fair_tables.results(lines)
+    assert rows[["n", "lr", "seed", "acc_norm"]].values.tolist() == [[125, 0.1, 0, 0.5], [32, 0.05, 0, 1.0]]
+
+
 def test_what_it_takes_counts_from_the_cheapest_lora_on_its_plateau():
     def of(method, n, rounds, right, flops):
         return [dict(line(method, n, rounds, s, False, [True] * right + [False] * (400 - right), 1.0), flops=flops) for s in (0, 1)]
