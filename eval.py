@@ -11,14 +11,14 @@ import pathlib, time
 
 import torch
 
-from baselines import cross_lora, hypernet, lora, state_of
+from baselines import cross_lora, hypernet, lora
 from bases import find_base, reload_base
 from data import encode, load_run_tasks, sample
 from runtime.distributed import RANK
 from runtime.files import BadInput, read_json
 from runtime.flags import parse, run_main
 from runtime.report import fit_date, pack
-from runtime.resume import Journal, command_of, digests_of, forget
+from runtime.resume import Journal, command_of, digests_of, forget, state_file
 from runtime.run_folder import (find_run, load_adapters, load_config, load_converter, load_portal, lock, provenances,
                                 saved_at)
 from score import decode, evaluate, per_character, score
@@ -113,7 +113,7 @@ class Evaluation:
         before = {"added": {}, **read_json(path)} if path.exists() else {}
         there = before and same_fit(before, p) and before["added"] == p["added"]
         if there and not (self.args.overwrite and what not in self.journal.done):
-            forget(state_of(self.run, method, tag))                                  # if a kill left it behind
+            forget(state_file(self.run, f"{method}-{tag}"))                          # if a kill left it behind
             return print(f"{what}: fitted before with {before['settings']}; --overwrite fits it again")
         rows, default = self.train_rows(tag), preset([p["base"]])
         p["rows"] = digests_of(rows)

@@ -24,7 +24,7 @@ from runtime.distributed import NO_BAR
 from runtime.files import ROOT, BadInput, read_json, remove, today, write_json
 from runtime.flags import commas, parse, positive, run_main
 from runtime.job import DryRun, Job
-from runtime.resume import Journal, command_of, digests_of, forget
+from runtime.resume import Journal, command_of, digests_of, forget, state_file
 from runtime.run_folder import find_run, load_config, load_portal, lock, provenances, save_converter
 from score import per_character, score
 from tokens import encode
@@ -212,13 +212,9 @@ def save_port(run, tag, portal, learner, provenance, journal):
                 lambda final: save_converter(run, portal, provenance["base"], tag, final))
     journal.add(tag)                                                                 # counts only with its provenance
     write_json(path, {**provenance, "epoch_selected": learner.epoch, "date": today()})
-    forget(state_of(run, tag))
+    forget(state_file(run, f"port-{tag}"))
     print(f"{tag}: epoch {learner.epoch} of {provenance['epochs']} selected on held-out rows; "
           f"saved to {run / 'converters'}")
-
-
-def state_of(run, tag):
-    return run / ".resume" / f"port-{tag}.safetensors"
 
 
 # ---------------------------------------------------------------------------------------------- the command
@@ -238,7 +234,7 @@ def fits_to_do(run, args, seen, journal):
         tags = {name if n == most else f"{name}@{n}": n for n in counts}
         done = [tag for tag in tags if tag in journal.done and (run / "converters" / f"{tag}.json").exists()]
         for tag in done:                                                         # by this command, before it was killed
-            forget(state_of(run, tag))
+            forget(state_file(run, f"port-{tag}"))
         if len(done) < len(tags):
             jobs.append((spec, [(tag, n) for tag, n in tags.items() if tag not in done]))
     return jobs
@@ -284,7 +280,7 @@ def main(argv=None, how=Change()):
             settings = resolve_settings(args, {**preset([base.name])["port"], **how.settings}, cfg.norm, rows)
             portal = load_portal(run, list(seen)).to(args.device)
             job = (DryRun if args.dry_run else Job)(
-                f"port {tag}", settings, seed, run / "log.jsonl", state_of(run, tag))
+                f"port {tag}", settings, seed, run / "log.jsonl", state_file(run, f"port-{tag}"))
             learner, aligned = port(job, portal, base, rows, settings, how, source if args.align else None)
             if not args.dry_run:
                 save_port(run, tag, portal, learner, dict(

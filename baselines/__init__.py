@@ -3,7 +3,7 @@ from learner import save_states
 from runtime.distributed import barrier
 from runtime.files import remove, today, write_json
 from runtime.job import Job
-from runtime.resume import forget
+from runtime.resume import forget, state_file
 from runtime.run_folder import save_adapters
 from train import fit
 
@@ -12,7 +12,8 @@ def fit_baseline(run, method, base, rows, provenance, settings, generate, learne
     """Trains `learners` on `rows` {task: (train, held out)} and saves generate(base name) as baselines/<method>/<tag>.
     provenance: that of the base's converter, with its `tag` and the tasks `added` to the run since."""
     tag, name = provenance["tag"], f"baselines/{method}/{provenance['tag']}"
-    job = Job(f"{method} {tag}", settings, provenance["seed"], run / "log.jsonl", state_of(run, method, tag))
+    state = state_file(run, f"{method}-{tag}")
+    job = Job(f"{method} {tag}", settings, provenance["seed"], run / "log.jsonl", state)
     fit(job, [base], generate, learners, rows)
     path, selected, last = (run / file for file in (f"{name}.json", f"{name}.safetensors", f"final/{name}.safetensors"))
     remove(path)                                             # written last: without it the baseline counts as missing
@@ -24,9 +25,5 @@ def fit_baseline(run, method, base, rows, provenance, settings, generate, learne
         settings=settings,
         epoch_selected={task: learner.epoch for learner in learners for task in learner.tasks},
         seconds=round(job.seconds, 1), date=today()))
-    forget(state_of(run, method, tag))
+    forget(state)
     barrier()                                                                        # every process reads it next
-
-
-def state_of(run, method, tag):
-    return run / ".resume" / f"{method}-{tag}.safetensors"

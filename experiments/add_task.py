@@ -11,7 +11,7 @@ from data import load_tasks, sample
 from learner import portal_learner
 from runtime.files import BadInput, today, write_json
 from runtime.job import DryRun, Job
-from runtime.resume import digests_of, forget
+from runtime.resume import digests_of, forget, state_file
 from runtime.run_folder import find_run, load_config, load_portal, load_tensors, lock, provenances, save_tensors
 from train import fit, preset, resolve_settings
 
@@ -59,7 +59,7 @@ def add_task(args):
     portal = load_portal(run, fitted_on).to(args.device)
     frozen = new_latent(portal, portal.z[:len(cfg.tasks) - len(added)])              # without the tasks added before
     before = [p.clone() for p in frozen]
-    learner, state = portal_learner(portal, rows, settings), run / ".resume" / f"add-{task}.safetensors"
+    learner, state = portal_learner(portal, rows, settings), state_file(run, f"add-{task}")
     if not args.dry_run:
         lock(run)
     job = (DryRun if args.dry_run else Job)(f"add {task}", settings, seed, run / "log.jsonl", state, frozen)

@@ -118,8 +118,8 @@ METHODS = {
     "portal aligned": of_ports(*SMALL_ROUNDS, batch=2, aligned=True),
     "portal core untrained": of_ports(448, batch=2, untrained=True),
     "portal latents swapped": of_ports(448, batch=2, swapped=True),
-    "portal aligned to a teacher": of_ports(448, batch=2, aligned=True, teacher=True),
-    "portal aligned to a teacher and 8 labels": of_ports(448, batch=2, aligned=True, teacher=True, labels=8),
+    "portal aligned to a teacher": of_ports(448, batch=2, aligned=True, labels=0),
+    "portal aligned to a teacher and 8 labels": of_ports(448, batch=2, aligned=True, labels=8),
     "portal of batch 8": of_ports(112),
     "portal of batch 8 aligned": of_ports(*ROUNDS, aligned=True),
     "portal of batch 8 core untrained": of_ports(112, untrained=True),
@@ -131,7 +131,7 @@ METHODS = {
     "portal of d_c 256 core untrained": of_ports(112, core=WIDE, untrained=True),
     "portal of d_c 256 latents swapped": of_ports(112, core=WIDE, swapped=True),
     "portal of d_c 256 core untrained and latents swapped": of_ports(112, core=WIDE, untrained=True, swapped=True),
-    "portal of d_c 256 aligned to a teacher": of_ports(112, core=WIDE, aligned=True, teacher=True),
+    "portal of d_c 256 aligned to a teacher": of_ports(112, core=WIDE, aligned=True, labels=0),
     "portal of d_c 256 core unfrozen at the end": of_ports(112, core=WIDE, unfreeze=True),
     "lora from cross_lora": of_carried(cross_lora, 112),
     "lora from copy": of_carried(copy, 112),
@@ -206,8 +206,13 @@ def frozen_dims(base):
 def reading(here, aligned=False, P_out=False, carry=None, **_):
     """FLOPs of the prompts that a start has both bases read, forward passes alone."""
     passes = aligned + P_out + (carry == "maps")
-    return passes * sum(flops(len(base.tokenizer(text).input_ids), 0, frozen_dims(base), {})
-                        for base in (here.base, here.source) for text in (here.texts if passes else ())) // 2
+    return passes and passes * one_reading(here)
+
+
+@functools.cache
+def one_reading(here):
+    return sum(flops(len(base.tokenizer(text).input_ids), 0, frozen_dims(base), {})
+               for base in (here.base, here.source) for text in here.texts) // 2
 
 
 def cell(stand, method, knob, lr, n, rounds, seed, search):

@@ -103,12 +103,11 @@ def by_maps(world):
 
 
 # ---------------------------------------------------------------------------------------------- ports
-def ports(world, aligned=False, P_out=False, eps=None, untrained=False, swapped=False, unfreeze=False, teacher=False,
-          labels=0):
+def ports(world, aligned=False, P_out=False, eps=None, untrained=False, swapped=False, unfreeze=False, labels=None):
     """A port. aligned: P_in starts as port.py --align has it; P_out: P_out as aligned_P_out has it; eps: of
     port.whiten; untrained: the core is a new one, its B-heads as large as the trained ones'; swapped: each task has
-    another one's latent; unfreeze: the last third of the rounds trains latents and core, too; teacher: the labels are
-    the source's answers, as with port.py --teacher, but for `labels` rows a task, which keep their own."""
+    another one's latent; unfreeze: the last third of the rounds trains latents and core, too; labels: so many rows
+    a task keep their labels, the others have the source's answers in their place, as with port.py --teacher."""
     portal, converter = copy.deepcopy(world.portal), world.converter()
     if untrained:
         portal.core = untrained_core(portal.core)
@@ -128,7 +127,7 @@ def ports(world, aligned=False, P_out=False, eps=None, untrained=False, swapped=
         portal.z.requires_grad_(True)
         portal.core.requires_grad_(True)
         return [Learner(portal.rates(lr * UNFREEZE), list(world.rows), rounds // 3, 1, portal.z)]
-    rows = world.taught(labels) if teacher else world.rows
+    rows = world.rows if labels is None else world.taught(labels)
     return portal.adapters, [learners, unfrozen] if unfreeze else [learners], rows
 
 

@@ -31,6 +31,11 @@ def place_lines(path, rows, keep=True):
         write_whole(path, lambda p: p.write_text("".join(line + "\n" for line in after)))
 
 
+def state_file(run, fit):
+    """Returns the path of the state of an unfinished fit, such as "port-<tag>", of a run."""
+    return run / ".resume" / f"{fit}.safetensors"
+
+
 def forget(path):
     """Removes a state file or journal, and its folder if that is then empty."""
     with writing(path):

@@ -72,7 +72,7 @@ def test_ports_leave_the_world_as_it_is_and_start_as_named(here):
     def of(**settings):
         torch.manual_seed(1)
         generate, stages, rows = starts.ports(here, **settings)
-        assert "teacher" in settings or rows is here.rows
+        assert "labels" in settings or rows is here.rows
         return generate.__self__, generate("target"), stages
     plain, adapters, stages = of()
     assert all(not b.any() for b in adapters.B.values()) and len(stages) == 1
@@ -84,10 +84,11 @@ def test_ports_leave_the_world_as_it_is_and_start_as_named(here):
     for m in MODULES:
         new, old = untrained.core.head_B[m].weight, here.portal.core.head_B[m].weight
         assert not torch.equal(new, old) and abs(new.std() / old.std() - 1) < 0.2
-    taught, (own, held) = starts.ports(here, teacher=True, labels=1)[2], here.rows["two"]
+    assert torch.equal(of(labels=0)[0].z, here.portal.z)
+    taught, (own, held) = starts.ports(here, labels=1)[2], here.rows["two"]
     assert taught["two"][1] is held and taught["two"][0][0] is own[0] and len(own) > 1
     assert all(isinstance(row, SoftRow) and row[:3] == was[:3] for row, was in zip(taught["two"][0][1:], own[1:], strict=True))
-    assert all(isinstance(row, SoftRow) for row in starts.ports(here, teacher=True)[2]["two"][0])
+    assert all(isinstance(row, SoftRow) for row in starts.ports(here, labels=0)[2]["two"][0])
     aligned, both, _ = of(aligned=True, P_out=True)
     assert torch.equal(aligned.converters["target"].P_in["q"], here.P_in["q"]) and both.B["q"].any()
     unfrozen, _, (first, second) = of(unfreeze=True)
