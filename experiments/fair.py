@@ -118,6 +118,8 @@ METHODS = {
     "portal aligned": of_ports(*SMALL_ROUNDS, batch=2, aligned=True),
     "portal core untrained": of_ports(448, batch=2, untrained=True),
     "portal latents swapped": of_ports(448, batch=2, swapped=True),
+    "portal aligned core untrained": of_ports(448, batch=2, aligned=True, untrained=True),
+    "portal aligned latents swapped": of_ports(448, batch=2, aligned=True, swapped=True),
     "portal aligned to a teacher": of_ports(448, batch=2, aligned=True, labels=0),
     "portal aligned to a teacher and 8 labels": of_ports(448, batch=2, aligned=True, labels=8),
     "portal of batch 8": of_ports(112),
