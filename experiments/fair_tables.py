@@ -2,7 +2,7 @@
 import numpy as np
 import pandas as pd
 
-from experiments.cells import markdown, numbers, over_seeds, spread
+from experiments.cells import markdown, numbers, over_seeds, percent, share, spread
 from experiments.tables import TOLERANCE
 from runtime.files import write_whole
 from runtime.report import drawing, unpack
@@ -47,6 +47,7 @@ def table(stand, lines):
                          "knob": first["knob"] or "-", "seeds": of_it["seed"].nunique(),
                          "acc_norm": accs[series] + (" *" if series in near else ""), "log-loss": losses[series],
                          "acc_norm - the LoRA's best": difference(measured, series, best),
+                         "of its lift": percent(share(measured, series, best, "bare base, 0")),
                          "worst task": f"{of_it.groupby('task')['acc_norm'].mean().min():.3f}",
                          "GFLOPs": f"{by_seed['flops'] / 1e9:,.0f}", "seconds": f"{by_seed['seconds']:.0f}"})
         page += markdown(text, f"## {n} rows a task")
@@ -63,7 +64,8 @@ def table(stand, lines):
         "Settings searched for each method, n and number of rounds on rows held out of train (below), then measured on",
         "the evaluation rows with every seed. Knob: a LoRA's rank, or half of the delta that it starts from; a port's",
         "features whitened or not. Means over the tasks,",
-        "± sd over seeds; [low, high]: 95% interval over evaluation rows, paired bootstrap. FLOPs: the count of",
+        "± sd over seeds; [low, high]: 95% interval over evaluation rows, paired bootstrap. Of its lift: (acc - bare) /",
+        "(best LoRA - bare), - where that gain is smaller than the half-width of its interval. FLOPs: the count of",
         "experiments/paper.py, and what aligns a port, a forward pass of at most 1,000 prompts on two bases; without a",
         "teacher's answers and the gradient of an unfrozen core. Seconds: of the rounds alone, beside other work.",
         f"*: within {TOLERANCE} of the best acc_norm of a LoRA on as many rows.", "",
@@ -84,7 +86,8 @@ def reach(rows):
                        "of the LoRA's least": f"{flops / cheapest:.2f}"}
                       for n, m, rounds, _, flops in near.sort_values(["n", "flops"]).itertuples(index=False)]
     best, lines = least(means)
-    page = markdown(lines, f"## Within {TOLERANCE} of the LoRA's plateau, {best:.3f}") if lines else []
+    several = means["n"].nunique() > 1                                               # else both tables are the same
+    page = markdown(lines, f"## Within {TOLERANCE} of the LoRA's plateau, {best:.3f}") if lines and several else []
     own = sum((least(of_n)[1] for _, of_n in means.groupby("n")), [])
     return page + (markdown(own, f"## Within {TOLERANCE} of the best LoRA on as many rows") if own else [])
 
