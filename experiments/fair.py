@@ -33,6 +33,7 @@ from runtime.flags import seed as seed_of
 from runtime.job import Job
 from runtime.report import commit, hardware, pack
 from score import evaluate
+from tokens import MAX_LENGTH
 from train import REAL, TOY, fit
 
 ROWS, SEARCHED, REAL_ROUNDS = (32, 125, 1000), 896, 24
@@ -213,7 +214,9 @@ def reading(here, aligned=False, P_out=False, carry=None, **_):
 
 @functools.cache
 def one_reading(here):
-    return sum(flops(len(base.tokenizer(text).input_ids), 0, frozen_dims(base), {})
+    def tokens(base, text):
+        return len(base.tokenizer(text, truncation=True, max_length=MAX_LENGTH).input_ids)
+    return sum(flops(tokens(base, text), 0, frozen_dims(base), {})
                for base in (here.base, here.source) for text in here.texts) // 2
 
 

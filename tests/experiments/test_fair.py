@@ -189,11 +189,12 @@ def test_what_it_takes_counts_from_the_cheapest_lora_on_its_plateau():
     assert own == [["portal", "32", "3", "1", "0.33"], ["lora", "32", "9", "3", "1.00"], ["lora", "125", "6", "2", "1.00"]]
 
 
-def test_what_a_start_reads_is_counted(here):
+def test_what_a_start_reads_is_counted(here, monkeypatch):
     """2 FLOPs a token and weight of the frozen projections of both bases."""
-    here.texts = ["w1 w2 w3", "w4 w5"]
+    here.texts = ["w1 w2 w3", " ".join(["w4"] * 40)]
+    monkeypatch.setattr(fair, "MAX_LENGTH", 2)                                       # align cuts prompts, too
     weights = sum(p.numel() for architecture in ("qwen3", "llama")
                   for name, p in tiny_model(architecture).named_parameters() if "_proj.weight" in name)
     assert fair.reading(here) == 0 and fair.reading(here, rank=4, eps=0.1) == 0
-    assert fair.reading(here, aligned=True) == fair.reading(here, carry="maps") == 2 * 5 * weights
-    assert fair.reading(here, aligned=True, P_out=True, eps=0.1) == 2 * 2 * 5 * weights
+    assert fair.reading(here, aligned=True) == fair.reading(here, carry="maps") == 2 * 4 * weights
+    assert fair.reading(here, aligned=True, P_out=True, eps=0.1) == 2 * 2 * 4 * weights
