@@ -10,7 +10,7 @@ trained on; the higher (acc_norm, -log_loss) is chosen. A fit that sees more tha
 settings searched at SEARCHED. Then the chosen settings, with each seed, on rows drawn as port.py draws them, measured
 on the evaluation rows. A fit is one pass of a learning-rate schedule, and nothing is selected in it. Both are kept in
 <out>/fair.jsonl, a line a fit and task, and not done again; fair.md and fair.png are drawn from it. On bases of one's
-own (--bases) a fit has REAL_ROUNDS rounds, and the search has the three rates and the knob's first value.
+own (--bases) a fit has REAL_ROUNDS rounds, and the search has four rates and the knob's first value.
 """
 import functools, itertools, tempfile
 from pathlib import Path
@@ -40,7 +40,7 @@ ROWS, SEARCHED, REAL_ROUNDS = (32, 125, 1000), 896, 24
 ROUNDS, SMALL_ROUNDS = (28, 56, 80, 112, 224), (112, 224, 336, 448)                     # of 8 and of 2 rows a task
 REAL_ROWS = dict(rows=32, held=40, measured=100, batch=4)                            # of Stand, on other bases
 RATES = {loras: (3e-3, 1e-2, 2e-2), ports: (0.75, 1.5, 3.0)}                         # half of them for rounds of 2 rows
-REAL_RATES = {loras: (3e-4, 1e-3, 3e-3), ports: (0.1, 0.3, 0.9)}
+REAL_RATES = {loras: (1e-4, 3e-4, 1e-3, 3e-3), ports: (0.1, 0.3, 0.9, 2.7)}
 WIDE = (("d_c", 256),)                                                               # the toy's preset is 32
 
 

@@ -143,7 +143,7 @@ def test_on_bases_of_ones_own_rates_and_batches_are_the_real_presets(world, monk
     fair.main("--bases ./base-a --to ./base-c --data data --tasks one,two --n 4 --seeds 0 --out out --methods".split() + ["bare base,portal,lora"])
     lines = read_jsonl(world / "out" / "fair.jsonl")
     tasks = len({line["task"] for line in lines})
-    assert len(lines) == (1 + 2 * (3 + 1)) * tasks and {line["rounds"] for line in lines} == {0, 2}
+    assert len(lines) == (1 + 2 * (4 + 1)) * tasks and {line["rounds"] for line in lines} == {0, 2}
     for method, rates in ("portal", fair.REAL_RATES[starts.ports]), ("lora", fair.REAL_RATES[starts.loras]):
         own = [line for line in lines if line["method"] == method]
         assert {line["lr"] for line in own if line["search"]} == set(rates)
