@@ -214,9 +214,9 @@ def reading(here, aligned=False, P_out=False, carry=None, **_):
 
 @functools.cache
 def one_reading(here):
-    def tokens(base, text):
-        return len(base.tokenizer(text, truncation=True, max_length=MAX_LENGTH).input_ids)
-    return sum(flops(tokens(base, text), 0, frozen_dims(base), {})
+    """FLOPs of a forward pass of both bases over the prompts, each cut at MAX_LENGTH as port.align does: half of what
+    paper.flops counts, since that has the backward pass, too."""
+    return sum(flops(min(len(base.tokenizer(text).input_ids), MAX_LENGTH), 0, frozen_dims(base), {})
                for base in (here.base, here.source) for text in here.texts) // 2
 
 
