@@ -10,7 +10,7 @@ trained on; the higher (acc_norm, -log_loss) is chosen. A fit that sees more tha
 settings searched at SEARCHED. Then the chosen settings, with each seed, on rows drawn as port.py draws them, measured
 on the evaluation rows. A fit is one pass of a learning-rate schedule, and nothing is selected in it. Both are kept in
 <out>/fair.jsonl, a line a fit and task, and not done again; fair.md and fair.png are drawn from it. On bases of one's
-own (--bases) a fit has REAL_ROUNDS rounds, and the search has four rates and the knob's first value.
+own (--bases) a fit has --rounds rounds, and the search has four rates and the knob's first value.
 """
 import functools, itertools, tempfile
 from pathlib import Path
@@ -55,6 +55,7 @@ class Stand(NamedTuple):
     held: int                # measured in the search
     measured: int | None     # evaluation rows at most
     batch: int               # of a round, where the method does not say
+    lengths: tuple | None    # numbers of rounds; None: each method's own
 
     @property
     def bases(self):
@@ -76,7 +77,7 @@ class Stand(NamedTuple):
         return how.batch or self.batch
 
     def rounds(self, how):
-        return how.rounds if self.toy or not any(how.rounds) else [REAL_ROUNDS]
+        return self.lengths if self.lengths and any(how.rounds) else how.rounds
 
     def settings(self, how):
         """[(rate, value of the knob)] to search."""
@@ -86,7 +87,7 @@ class Stand(NamedTuple):
         return list(itertools.product(rates, how.knobs if self.toy else [*how.knobs][:1]))
 
 
-TOY_STAND = Stand(True, TOY_SEEN, "toy-gemma", ROOT / "toy/data", None, 1000, 60, None, 8)
+TOY_STAND = Stand(True, TOY_SEEN, "toy-gemma", ROOT / "toy/data", None, 1000, 60, None, 8, None)
 
 
 class Method(NamedTuple):
@@ -245,7 +246,7 @@ def cell(stand, method, knob, lr, n, rounds, seed, search):
 def stand_of(args):
     """The Stand that the flags describe. Raises BadInput."""
     if not args.bases:
-        for flag in ("to", "data", "tasks"):
+        for flag in ("to", "data", "tasks", "rounds"):
             if getattr(args, flag):
                 raise BadInput(f"--{flag} goes with --bases; without it the toy is measured")
         return TOY_STAND
@@ -254,12 +255,15 @@ def stand_of(args):
             raise BadInput(f"--{flag} is needed with --bases")
     if len(args.to) > 1:
         raise BadInput(f"--to: one base is accepted here, not {', '.join(args.to)}")
-    return Stand(False, tuple(args.bases), args.to[0], args.data, args.tasks and tuple(args.tasks), **REAL_ROWS)
+    return Stand(False, tuple(args.bases), args.to[0], args.data, args.tasks and tuple(args.tasks), **REAL_ROWS,
+                 lengths=tuple(args.rounds or [REAL_ROUNDS]))
 
 
 def main(argv=None):
-    args = parse(__doc__, "bases to data tasks methods n seeds out", argv,
+    args = parse(__doc__, "bases to data tasks methods n rounds seeds out", argv,
                  n=dict(type=commas(positive(int)), default=ROWS, metavar="N,N"),
+                 rounds=dict(type=commas(positive(int)), metavar="N,N",
+                             help=f"of a fit, with --bases (default: {REAL_ROUNDS})"),
                  methods=dict(type=some_of(METHODS), default=None, help="some of METHODS"),
                  seeds=dict(type=commas(seed_of), default=(0, 1, 2), metavar="N,N", help="of what is measured"))
     stand, out = stand_of(args), args.out or ROOT / "results"

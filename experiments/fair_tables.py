@@ -32,9 +32,9 @@ def results(lines):
                        correct=[unpack(text, n) for text, n in zip(rows["correct"], rows["rows"])])
 
 
-def table(stand, lines):
-    """The measurements and the search, as Markdown."""
-    page, rows = [], results(lines)
+def table(stand, lines, rows):
+    """The measurements and the search, as Markdown. rows: results(lines)."""
+    page = []
     for n, own in rows.groupby("n"):
         measured = numbers(own)
         loras = own[own["method"].isin(LORAS)]
@@ -103,19 +103,18 @@ def difference(measured, series, other):
 
 def draw(folder, stand, lines):
     """Writes fair.md and, for the methods with several numbers of rounds, fair.png."""
-    write_whole(folder / "fair.md", lambda file: file.write_text(table(stand, lines)))
     rows = results(lines)
-    of_n = rows.groupby("n")
-    if rows.groupby(["n", "method"])["rounds"].nunique().max() == 1:
+    write_whole(folder / "fair.md", lambda file: file.write_text(table(stand, lines, rows)))
+    curves = rows.groupby(["n", "method"]).filter(lambda own: own["rounds"].nunique() > 1)
+    if curves.empty:
         return
+    of_n = curves.groupby("n")
     with drawing(folder / "fair.png", 5 * len(of_n), columns=len(of_n)) as all_axes:
         for axes, (n, of_it) in zip(np.atleast_1d(all_axes), of_n):
             for method, own in of_it.groupby("method", sort=False):
-                if own["rounds"].nunique() > 1:
-                    by_seed = own.groupby(["rounds", "seed"])[["flops", "log_loss"]].mean()
-                    mean, sd = (f(by_seed.groupby("rounds")) for f in (lambda g: g.mean(), lambda g: g.std()))
-                    axes.errorbar(mean["flops"] / 1e9, mean["log_loss"], sd["log_loss"], marker="o", capsize=3,
-                                  label=method)
+                by_seed = own.groupby(["rounds", "seed"])[["flops", "log_loss"]].mean()
+                mean, sd = (f(by_seed.groupby("rounds")) for f in (lambda g: g.mean(), lambda g: g.std()))
+                axes.errorbar(mean["flops"] / 1e9, mean["log_loss"], sd["log_loss"], marker="o", capsize=3,
+                              label=method)
             axes.set(yscale="log", xlabel="GFLOPs of the fit", ylabel="log-loss", title=f"{n} rows a task")
-            if axes.lines:
-                axes.legend(frameon=False, fontsize="small")
+            axes.legend(frameon=False, fontsize="small")

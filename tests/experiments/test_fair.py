@@ -139,13 +139,12 @@ def test_the_search_chooses_on_held_out_rows_and_nothing_is_done_twice(tmp_path,
 def test_on_bases_of_ones_own_rates_and_batches_are_the_real_presets(world, monkeypatch):
     """The search measures rows held out of train; what it chose is measured on evaluation rows."""
     monkeypatch.setattr(fair, "REAL_ROWS", dict(rows=4, held=2, measured=3, batch=4))
-    monkeypatch.setattr(fair, "REAL_ROUNDS", 2)
-    fair.main("--bases ./base-a --to ./base-c --data data --tasks one,two --n 4 --seeds 0 --out out --methods".split() + ["bare base,portal,lora"])
+    fair.main("--bases ./base-a --to ./base-c --data data --tasks one,two --n 4 --rounds 2,3 --seeds 0 --out out --methods".split() + ["bare base,portal,lora"])
     lines = read_jsonl(world / "out" / "fair.jsonl")
     tasks = len({line["task"] for line in lines})
-    assert len(lines) == (1 + 2 * (4 + 1)) * tasks and {line["rounds"] for line in lines} == {0, 2}
-    for method, rates in ("portal", fair.REAL_RATES[starts.ports]), ("lora", fair.REAL_RATES[starts.loras]):
-        own = [line for line in lines if line["method"] == method]
+    assert len(lines) == (1 + 2 * 2 * (4 + 1)) * tasks and {line["rounds"] for line in lines} == {0, 2, 3}
+    for method, start, rounds in ("portal", starts.ports, 2), ("portal", starts.ports, 3), ("lora", starts.loras, 2), ("lora", starts.loras, 3):
+        own, rates = [line for line in lines if (line["method"], line["rounds"]) == (method, rounds)], fair.REAL_RATES[start]
         assert {line["lr"] for line in own if line["search"]} == set(rates)
         assert {line["rows"] for line in own if line["search"]} == {2} and {line["rows"] for line in own if not line["search"]} == {3}
         means = {lr: macro([(x["acc_norm"], -x["log_loss"]) for x in own if x["search"] and x["lr"] == lr]) for lr in rates}
@@ -159,7 +158,7 @@ def test_the_table_compares_with_the_best_lora():
     lines += [line("lora", 32, 6, s, False, right, 0.5) for s in (0, 1)]
     lines += [line("portal", 32, 3, s, False, right[:15] + [False] * 5, 0.7) for s in (0, 1)]
     lines += [line("bare base", 32, 0, 0, False, [True] * 10 + [False] * 10, 3.0)]
-    whole = fair_tables.table(fair.TOY_STAND, lines)
+    whole = fair_tables.table(fair.TOY_STAND, lines, fair_tables.results(lines))
     page = whole.partition("## 32 rows")[2].splitlines()
     text = [row.strip("| ").split(" | ") for row in page if row.startswith(("| lora |", "| portal |"))]
     assert [row[7].split(" [")[0] for row in text] == ["-0.300", "-", "-0.050"]
