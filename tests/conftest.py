@@ -1,5 +1,5 @@
 """Tiny random models in the real architectures, a word tokenizer, and a plain forward pass to compare with."""
-import hashlib, json, os, pathlib, signal, sys
+import hashlib, json, os, pathlib, shutil, signal, sys
 
 import torch
 
@@ -133,14 +133,22 @@ def write_task(folder, task, train=12, evaluation=6, seed=0):
         (folder / task / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
+@pytest.fixture(scope="session")
+def template(tmp_path_factory):
+    """The folder that `world` copies."""
+    folder = tmp_path_factory.mktemp("template")
+    for k, task in enumerate(("one", "two", "three")):
+        write_task(folder / "data", task, train=12 - 4 * k)
+    for seed, (name, architecture) in enumerate((("base-a", "qwen3"), ("base-b", "llama"), ("base-c", "gemma3"))):
+        save_tiny(folder / name, architecture, seed)
+    return folder
+
+
 @pytest.fixture
-def world(tmp_path, monkeypatch):
+def world(template, tmp_path, monkeypatch):
     """A working folder with three tasks under data/ and three tiny bases; `out/` is this folder's own."""
     monkeypatch.chdir(tmp_path)
-    for k, task in enumerate(("one", "two", "three")):
-        write_task(tmp_path / "data", task, train=12 - 4 * k)
-    for seed, (name, architecture) in enumerate((("base-a", "qwen3"), ("base-b", "llama"), ("base-c", "gemma3"))):
-        save_tiny(tmp_path / name, architecture, seed)
+    shutil.copytree(template, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 
@@ -195,9 +203,18 @@ def fingerprint(folder):
 
 
 @pytest.fixture
-def trained(world):
-    assert command(train, *TRAIN) == 0
-    return world / "out" / "base-a+base-b"
+def trained(world, tmp_path_factory):
+    """A run of `world`. It is trained once a session and then copied; its files name the folders of `world`."""
+    run, kept = world / "out" / "base-a+base-b", tmp_path_factory.getbasetemp() / "trained"
+    if kept.exists():
+        shutil.copytree(kept / "out", world / "out")
+        for path in run.rglob("*.json"):
+            path.write_text(path.read_text().replace((kept / "was").read_text(), str(world)))
+    else:
+        assert command(train, *TRAIN) == 0
+        shutil.copytree(world / "out", kept / "out")
+        (kept / "was").write_text(str(world))
+    return run
 
 
 def edit(path, number, change):
