@@ -197,18 +197,18 @@ class Job:
 
     @contextlib.contextmanager
     def interrupts(self):
-        """Ctrl-C inside raises KeyboardInterrupt, but within `defer_interrupt` at its end, where a second one ends the
+        """Ctrl-C inside raises KeyboardInterrupt, but within `defer_interrupt` at its end; a second one ends the
         process at once. Ctrl-C that does not raise KeyboardInterrupt outside (a background job) is left as it is."""
         ordinary = signal.getsignal(signal.SIGINT) is signal.default_int_handler
         if not ordinary or threading.current_thread() is not threading.main_thread():
             yield
             return
         def press(*_):
-            if not self.deferred:
-                raise KeyboardInterrupt
             if self.pressed:
                 sys.exit(130)
-            self.pressed = True
+            self.pressed = True                                                      # else lost in a finaliser: Python
+            if not self.deferred:                                                    # ignores what is raised there
+                raise KeyboardInterrupt
         signal.signal(signal.SIGINT, press)
         try:
             yield

@@ -210,6 +210,18 @@ def test_ctrl_c_finishes_the_round_and_saves(world, capsys, monkeypatch):
         assert scrub(got) == scrub(want)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ctrl_c_in_a_finaliser_is_not_lost(world, capsys, monkeypatch):
+    """Python ignores exceptions in __del__: the fit then stops after the next round."""
+    class Dying:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+    rounds = itertools.count(1)
+    monkeypatch.setattr(job.Job, "forget_batches", lambda self: Dying() if next(rounds) == 2 else None)
+    assert command(train, *TRAIN) == 130
+    one_line(capsys, ["interrupted", "after round 3", "the same command goes on"])
+
+
 @forks
 def test_ctrl_c_from_outside(world, capfd):
     """At whatever moment it comes: exit code 130, one line, no traceback."""
