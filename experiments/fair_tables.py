@@ -112,8 +112,8 @@ def draw(folder, stand, lines):
     with drawing(folder / "fair.png", 5 * len(of_n), columns=len(of_n)) as all_axes:
         for axes, (n, of_it) in zip(np.atleast_1d(all_axes), of_n):
             for method, own in of_it.groupby("method", sort=False):
-                by_seed = own.groupby(["rounds", "seed"])[["flops", "log_loss"]].mean()
-                mean, sd = (f(by_seed.groupby("rounds")) for f in (lambda g: g.mean(), lambda g: g.std()))
+                by_rounds = own.groupby(["rounds", "seed"])[["flops", "log_loss"]].mean().groupby("rounds")
+                mean, sd = by_rounds.mean(), by_rounds.std()
                 axes.errorbar(mean["flops"] / 1e9, mean["log_loss"], sd["log_loss"], marker="o", capsize=3,
                               label=method)
             axes.set(yscale="log", xlabel="GFLOPs of the fit", ylabel="log-loss", title=f"{n} rows a task")

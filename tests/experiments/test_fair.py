@@ -1,5 +1,5 @@
 """experiments/fair.py and starts.py: what a start changes and what it leaves, the search's choice, the table."""
-import copy
+import copy, itertools
 
 import numpy as np
 import pytest
@@ -143,7 +143,7 @@ def test_on_bases_of_ones_own_rates_and_batches_are_the_real_presets(world, monk
     lines = read_jsonl(world / "out" / "fair.jsonl")
     tasks = len({line["task"] for line in lines})
     assert len(lines) == (1 + 2 * 2 * (4 + 1)) * tasks and {line["rounds"] for line in lines} == {0, 2, 3}
-    for method, start, rounds in ("portal", starts.ports, 2), ("portal", starts.ports, 3), ("lora", starts.loras, 2), ("lora", starts.loras, 3):
+    for (method, start), rounds in itertools.product((("portal", starts.ports), ("lora", starts.loras)), (2, 3)):
         own, rates = [line for line in lines if (line["method"], line["rounds"]) == (method, rounds)], fair.REAL_RATES[start]
         assert {line["lr"] for line in own if line["search"]} == set(rates)
         assert {line["rows"] for line in own if line["search"]} == {2} and {line["rows"] for line in own if not line["search"]} == {3}
