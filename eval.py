@@ -12,18 +12,19 @@ import pathlib, time
 import torch
 
 from baselines import cross_lora, hypernet, lora
-from bases import find_base, reload_base
-from data import encode, load_run_tasks, sample
+from bases import encode, find_base, reload_base
+from exports.portallib import run_of
+from reports.results import fit_date, pack
+from reports.table import METHODS, write_results
 from runtime.distributed import RANK
 from runtime.files import BadInput, read_json
 from runtime.flags import parse, run_main
-from runtime.report import fit_date, pack
+from presets import REAL, TOY, preset, resolve_settings
 from runtime.resume import Journal, command_of, digests_of, forget, state_file
-from runtime.run_folder import (find_run, load_adapters, load_config, load_converter, load_portal, lock, provenances,
-                                saved_at)
+from runtime.run_folder import find_run, lock
+from runtime.saved import load_adapters, load_config, load_converter, load_portal, provenances, saved_at
 from score import decode, evaluate, per_character, score
-from table import METHODS, write_results
-from train import REAL, TOY, preset, resolve_settings
+from tasks.rows import load_run_tasks, sample
 
 USUAL = [m for m in METHODS if m not in ("lora_iso", "hypernet")]                    # those two only with --methods
 FITTED, TRANSFERS = ("lora", "lora_iso", "hypernet"), ("cross_lora", "copy", "random")
@@ -232,7 +233,7 @@ def main(argv=None):
                  epochs=dict(help="of the LoRA baseline"), batch_size=dict(help="of the LoRA baseline"),
                  lr=dict(help="of the LoRA baseline"),
                  overwrite=dict(help="fit the baselines again even if the run holds them"))
-    run = find_run(args.run)
+    run = find_run(run_of(args.run))
     saved, cfg = load_config(run)
     provenance = provenances(run)
     tags, methods = checked(args, run, saved, cfg, provenance)

@@ -12,25 +12,19 @@ run. What rows and seed one was fitted with it does not say: --data, --n and --s
 import json, pathlib
 
 import torch
-from torch.nn.utils import parameters_to_vector
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
-from transformers.pytorch_utils import Conv1D
 
-from bases import auto_class, files_of, find_base, recorded, reload_base, resolve
-from data import load_tasks
+from bases import auto_class, find_base, recorded, reload_base
 from eval import adapters_of, same_fit
-from merge import save_converted, save_merged
-from runtime.artifact import digest_of, fetch, is_artifact, read_artifact, save_artifact
-from runtime.distributed import RANK, barrier
-from runtime.files import BadInput, read_json, remove, today, write_json, writing
+from exports.merge import files_of, save_converted, save_merged
+from exports.peft import origin, save_peft
+from exports.portallib import fetch, import_artifact, run_of, save_artifact
+from reports.results import read_results
+from runtime.files import BadInput, read_json, writing
 from runtime.flags import parse, run_main
-from runtime.report import read_results
-from runtime.run_folder import (LOCKS, OUT, find_run, load_config, load_portal, lock, new_folder, occupied, provenances,
-                                save_converter, save_portal, save_tensors)
+from runtime.run_folder import find_run, new_folder, occupied
+from runtime.saved import load_config, load_portal, provenances
 
 MARK = "Exported by PorTAL"  # in every model card: --overwrite replaces only folders that have it
-EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}  # PEFT takes these names for experts
 CARDS = {  # {library: (what the folder holds, the imports that load it, the call)}
     "peft": ("A LoRA in PEFT's format.", "from peft import PeftModel\nfrom transformers import {auto}",
              'model = PeftModel.from_pretrained({base}, "this folder")'),
@@ -39,12 +33,6 @@ CARDS = {  # {library: (what the folder holds, the imports that load it, the cal
                      'model = {auto}.from_pretrained("this folder", dtype="{dtype}")'),
     "portallib": ("Task latents, core and one base's converter, in portallib's format.",
                   "from portallib import PortalModel", 'portal = PortalModel.from_pretrained("this folder")')}
-
-
-def origin(p):
-    """Returns the base's hub id, its folder or its .gguf file."""
-    source = resolve(p["id"])
-    return f"{source.where}/{source.gguf}" if source.gguf else source.where
 
 
 def card(run, p, method, tasks, library, auto, dtype):
@@ -85,114 +73,6 @@ def check_free(path, overwrite, source):
         raise BadInput(f"{path} is, holds or lies in the base, {base}; --out DIR names another folder")
     if occupied(path) and not overwrite:
         raise BadInput(f"{path} already holds an export; --overwrite replaces it, --out DIR writes beside it")
-
-
-def save_peft(folder, base, p, adapters, t):
-    """Writes task t as adapter_config.json and adapter_model.safetensors, with PEFT's names and shapes."""
-    factors = base.factors(adapters)                                                 # {path: (A, B)}
-    # The rank that most modules have; a module with several projections fused in it has the sum of their ranks. PEFT's
-    # scale is alpha / r, so that alpha follows r.
-    ranks = {path: A.shape[1] for path, (A, _) in factors.items()}
-    rank = min(ranks.values())
-    wider = {path: r for path, r in ranks.items() if r != rank}
-    def alpha(r):
-        product = adapters.scale * r
-        return int(product) if product == int(product) else product
-    # PEFT adapts every module whose path ends in a name that it is given. Where short names would reach other modules,
-    # too (the q_proj of a vision tower), it is given full paths.
-    names = {path.split(".")[-1] for path in factors}
-    reached = {path for path, _ in base.model.named_modules() if path.split(".")[-1] in names}
-    # In a mixture of experts PEFT takes some names for those of the experts, which once were modules of these names,
-    # and would adapt them instead. Parameters it takes as they are named.
-    mixture = any(p.dim() == 3 and "expert" in name for name, p in base.model.named_parameters())
-    parameters = [path for path in factors if mixture and path.split(".")[-1] in EXPERTS]
-    short = reached == set(factors) and not parameters
-    modules = sorted(names) if short else [path for path in factors if path not in parameters]
-    stored = checkpoint_names(base.model, factors)
-    tensors = {f"base_model.model.{stored[path]}.lora_{side}.weight": factor[t]       # A [r, d_in], B [d_out, r]
-               for path, pair in factors.items() for side, factor in zip("AB", pair)}
-    save_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
-    write_json(folder / "adapter_config.json", dict(
-        peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=origin(p), revision=p["revision"],
-        r=rank, lora_alpha=alpha(rank), rank_pattern=wider,
-        alpha_pattern={path: alpha(r) for path, r in wider.items()}, target_modules=modules,
-        target_parameters=[f"{path}.weight" for path in parameters] or None,
-        lora_dropout=0.0, bias="none", use_rslora=False, use_dora=False, inference_mode=True,
-        fan_in_fan_out=any(isinstance(base.linears[path], Conv1D) for path in factors)))
-
-
-def checkpoint_names(model, paths):
-    """Returns {path of a linear layer: its path in an adapter's file}. PEFT renames what it reads as transformers
-    renames a checkpoint's weights; where that would change our name, the file has the checkpoint's own. Raises
-    BadInput."""
-    def renamed(name, steps):
-        return rename_source_key(f"{name}.weight", steps, [])[0].removesuffix(".weight")
-    steps, saving = ([step for step in get_model_conversion_mapping(model, add_legacy=legacy)
-                      if type(step) is WeightRenaming] for legacy in (True, False))
-    back, names = [step.reverse_transform() for step in saving[::-1]], {}
-    for path in paths:
-        names[path] = path if path.endswith(renamed(path, steps)) else renamed(path, back)
-        if names[path] != path and renamed(names[path], steps) != path:
-            raise BadInput(f"PEFT cannot read an adapter of {path}, which it renames; --merge writes a whole model")
-    return names
-
-
-def import_artifact(artifact, run, ported=False, n=None, seed=None, data=None, overwrite=False):
-    """Makes a portallib artifact the run folder `run`, or adds its base to a run with the same latents and core.
-    ported: the artifact is a refit. n, seed, data: the rows that it was fitted on, if known. Raises BadInput."""
-    config, portal = read_artifact(artifact)
-    (spec, converter), = portal.converters.items()
-    source = resolve(spec)
-    name = source.name
-    portal.converters = {name: converter}
-    if data:
-        load_tasks(data, portal.cfg.tasks)                                           # BadInput unless it has every task
-    p = dict(base=name, id=source.id, revision=config.get("base_model_revision"), ported=ported, n=n, seed=seed,
-             data=data and str(data.resolve()), date=None, artifact=digest_of(artifact))
-    def add(folder, saved):
-        provenance = folder / "converters" / f"{name}.json"                          # written last, as in port.py:
-        remove(provenance)                                                           # without it the rest is ignored
-        remove(folder / "final" / "converters" / f"{name}.safetensors")
-        save_converter(folder, portal, name, name)
-        write_json(provenance, p)
-        known = {key: p[key] if saved[key] is None else saved[key] for key in ("seed", "data")}
-        bases = [b for b in saved["bases"] if b["base"] != name] + [p] * (not ported)
-        write_json(folder / "portal.json", {**saved, **known, "bases": bases})
-
-    if occupied(run) and not (run / "portal.json").exists():
-        raise BadInput(f"{run} is neither empty nor a run folder; --run DIR names another")
-    with LOCKS:                                                                      # unlocks at the end: the command
-        lock(run)                                                                    # that goes on with `run` locks it
-        if (run / "portal.json").exists():
-            saved, cfg = load_config(run)
-            mine, its = (parameters_to_vector([x.z, *x.core.parameters()]) for x in (load_portal(run), portal))
-            if portal.cfg != cfg or not torch.equal(mine, its):
-                raise BadInput(f"{run} has other tasks, sizes, latents or core than {artifact}; python export.py "
-                               f"--artifact {artifact} --run DIR reads it into another run")
-            if (run / "converters" / f"{name}.json").exists() and not overwrite:
-                raise BadInput(f"{run} already holds {name}; --overwrite replaces its converter")
-            add(run, saved)
-        else:
-            with new_folder(run) as folder:
-                save_portal(folder, portal)
-                add(folder, dict(config=vars(portal.cfg), bases=[], seed=None, data=None, trained=today()))
-    print(f"{name}: read from {artifact} into {run}")
-
-
-def run_of(spec):
-    """Returns the run out/<name> that holds the portallib artifact `spec`, a folder or a hub id, reading it first if
-    need be, or `spec` if that is no artifact. Raises BadInput."""
-    folder = fetch(spec)
-    if not is_artifact(folder):
-        return spec
-    run = OUT / (folder.resolve().name if folder is spec else spec.name.partition("@")[0])
-    if run.resolve() == folder.resolve():                                            # an artifact in out/
-        run = run.with_name(f"{run.name}-run")
-    held = provenances(run).values() if (run / "portal.json").exists() else ()
-    if RANK == 0 and digest_of(folder) not in [p.get("artifact") for p in held]:
-        import_artifact(folder, run)
-    barrier()
-    return run
 
 
 FORMS = {  # what the command does: (the flags that it needs, the flags that do not go with it)
@@ -251,7 +131,7 @@ def main(argv=None):
     if args.artifact:
         return import_artifact(fetch(args.artifact), args.run, args.ported, args.n, args.seed, args.data,
                                args.overwrite)
-    run = find_run(args.run)
+    run = find_run(run_of(args.run))
     _, cfg = load_config(run)
     if args.portallib and cfg.norm != "none":
         raise BadInput(f"{run}: its trunk has LayerNorm (norm is {cfg.norm!r}) and a portallib artifact's has none; "

@@ -14,9 +14,10 @@ import math
 import torch
 from tqdm import tqdm
 
-from data import as_read, collate, micro_batches
+from data import collate, micro_batches
 from runtime.distributed import NO_BAR, map_sharded
 from runtime.files import BadInput
+from tasks.rows import as_read
 
 
 # ---------------------------------------------------------------------------------------------- the two numbers

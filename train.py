@@ -8,56 +8,65 @@
 A round is `batch_size` rows of every task on every base. Adapters are generated once a round and base; micro-batches
 that mix the rows of all tasks leave their gradients on A and B; one backward pass takes those through the generator.
 """
-import importlib, shutil
-
-import torch, transformers
+import torch
 import torch.nn.functional as F
 
-from bases import TOY as TOY_BASES, TOY_SEEN, load_base, short_names
-from checkpoints import refuse_twin
-from data import Rounds, collate, load_tasks, micro_batches, print_fewer, sample, to_device
-from learner import most_rounds, portal_learner, save_states
+from bases import TOY_SEEN, load_base, refuse_twin, short_names
+from data import Rounds, collate, micro_batches, most_rounds, to_device
 from portal import MODULES, Config, Converter, Portal
-from runtime.distributed import RANK, all_sum, shard
-from runtime.files import ROOT, BadInput, read_json, today, write_json, write_whole
+from runtime.distributed import all_sum, shard
+from runtime.files import ROOT, today
 from runtime.flags import parse, run_main, some_of
 from runtime.job import DryRun, Job
+from presets import REAL, TOY, preset, resolve_settings
 from runtime.resume import digests_of
-from runtime.run_folder import OUT, lock, new_folder, occupied, save_portal, sibling
-from score import delta_ratio, evaluate, full_precision
-
-# REAL: the write-up's numbers (appendix A) but for whiten and lr, which is that of sums (Portal.rates). TOY, whiten and
-# lr: chosen on rows held out of train. An epoch is a pass over the largest task and has at least `least` rounds: on a
-# few rows a single pass gives too few steps.
-REAL = dict(n=2000, epochs=5, batch_size=4, lr=0.015, least=1, max_tokens=4096, sizes={},
-            port=dict(n=1000, epochs=5, batch_size=4, lr=0.3, least=1, max_tokens=4096, whiten=0.1),
-            lora=dict(epochs=5, batch_size=4, lr=1e-4, least=1, max_tokens=4096))
-TOY = dict(n=1000, epochs=2, batch_size=8, lr=0.3, least=28, max_tokens=4096,
-           sizes=dict(d_z=64, hidden=256, d_c=32),
-           port=dict(n=1000, epochs=1, batch_size=2, lr=0.5, least=448, max_tokens=4096, whiten=0.1),
-           lora=dict(epochs=1, batch_size=2, lr=5e-3, least=448, max_tokens=4096),
-           lora_iso=dict(epochs=6, batch_size=8, lr=3e-3, least=112, max_tokens=4096))
-FEW = 24                                                                             # steps; see resolve_settings
-WRITE_UP_LR = 1e-3                                                                   # the default with norm "none"
+from runtime.run_folder import OUT, lock_for_training, sibling
+from runtime.saved import save_run
+from score import delta_ratio, evaluate, full_precision, macro
+from tasks.new_task import new_task
+from tasks.rows import load_tasks, print_fewer, sample
 
 
-def preset(names):
-    """The preset, TOY or REAL, for bases of these short names."""
-    return TOY if set(names) <= TOY_BASES.keys() else REAL
+# ---------------------------------------------------------------------------------------------- what is optimised
+class Learner:
+    """Parameters that are optimised together and whose epoch is chosen together, and the tasks they learn. PorTAL is
+    one learner; T per-task LoRAs are T learners that share only their forward passes. groups: [{"params", "lr"}], as
+    in torch; rounds: of an epoch; z: the parameter on which the bases' gradients are balanced, or None."""
+
+    def __init__(self, groups, tasks, rounds, epochs, z=None):
+        self.tasks, self.rounds, self.z, self.score, self.epoch, self.best = tasks, rounds, z, None, 0, None
+        self.params = self.start = [p for group in groups for p in group["params"]]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+        total = rounds * epochs
+        warm = max(1, total // 10)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(                           # 10% warm-up, then linear to zero
+            self.optimizer, lambda k: min((k + 1) / warm, (total - k) / max(1, total - warm)))
+
+    def step(self):
+        torch.nn.utils.clip_grad_norm_(self.params, 1.0, foreach=True)
+        self.optimizer.step()
+        self.schedule.step()
+
+    def keep_best(self, epoch, scores):
+        """Keeps this epoch's parameters if the mean over the learner's tasks of scores {(base name, task): (acc_norm,
+        -log_loss)} is the best so far, or if nothing is held out."""
+        own = [score for (_, task), score in scores.items() if task in self.tasks]
+        mean = macro(own) if own else None
+        # The score is assigned last: a fit that Ctrl-C stops before that repeats the comparison, with the same end.
+        if self.score is None or mean is None or mean > self.score:
+            self.best, self.epoch, self.score = [p.detach().clone() for p in self.params], epoch, mean
+
+    @torch.no_grad()
+    def load_best(self):
+        for p, best in zip(self.params, self.best):
+            p.copy_(best)
 
 
-def resolve_settings(args, default, norm=None, rows=None):
-    """Returns the settings: those given as flags, else the preset's.
-
-    Where a generator is trained: norm, and rows {task: (train, held out)}. Unless --lr is given, fewer than FEW steps
-    then take sqrt(FEW / steps) times the preset's rate, which is too low for them (results/presets.md)."""
-    written = dict(lr=WRITE_UP_LR, whiten=0) if norm == "none" else {}
-    found = {k: getattr(args, k, None) or written.get(k, v) for k, v in default.items() if not isinstance(v, dict)}
-    if rows and not args.lr and norm != "none":
-        steps = most_rounds(rows, found["batch_size"], found["least"]) * found["epochs"]
-        if steps < FEW:
-            found["lr"] = float(f"{found['lr'] * (FEW / steps) ** 0.5:.3g}")
-    return found
+def portal_learner(portal, rows, settings):
+    """One learner for everything that is not frozen, at the rates of Portal.rates."""
+    z = portal.z if portal.z.requires_grad else None
+    rounds = most_rounds(rows, settings["batch_size"], settings["least"])
+    return Learner(portal.rates(settings["lr"]), list(rows), rounds, settings["epochs"], z)
 
 
 # ---------------------------------------------------------------------------------------------- one round
@@ -99,25 +108,11 @@ def balance(gradients):
     return sum(g * (norms.mean() / norm.clamp(min=1e-12)) for g, norm in zip(gradients, norms))
 
 
-class EMA:
-    """A `weigh` for one_round: divides each (base, task) loss by its running mean, 0.9 / 0.1, never by less than
-    `floor` (section 4). Used in experiments/ alone: on the toy, dividing leaves some tasks under-fit
-    (results/README.md, "Competition")."""
-
-    def __init__(self, floor=1e-3):
-        self.floor, self.means = floor, {}                                           # {base name: [T]}
-
-    def __call__(self, base, losses, gradients):
-        self.means[base] = 0.9 * self.means[base] + 0.1 * losses if base in self.means else losses.clone()
-        weights = (1 / self.means[base].clamp(min=self.floor)).view(-1, 1, 1, 1)     # [T, 1, 1, 1]
-        return [weights * g for g in gradients]
-
-
-def one_round(bases, generate, learners, items, max_tokens, weigh=None, combine=balance):
+def one_round(bases, generate, learners, items, max_tokens, weigh=None):
     """One round: the gradients of all tasks on all bases, then a step of every learner. Returns losses [bases, T].
 
     generate(base name) -> Adapters with their autograd graph; items {base name: [Item]}; weigh(base name, losses [T],
-    gradients) -> gradients, to change the tasks' shares; combine: how the bases' gradients on z become one."""
+    gradients) -> gradients: an experiment's change of the tasks' shares."""
     z, z_gradients, losses = learners[0].z, [], []
     for learner in learners:
         learner.optimizer.zero_grad()
@@ -132,26 +127,25 @@ def one_round(bases, generate, learners, items, max_tokens, weigh=None, combine=
             z_gradients.append(z.grad)
             z.grad = None
     if z is not None:
-        z.grad = combine(z_gradients)
+        z.grad = balance(z_gradients)
     for learner in learners:
         learner.step()
     return torch.stack(losses)
 
 
 # ---------------------------------------------------------------------------------------------- many rounds
-def fit(job, bases, generate, learners, rows, weigh=None, step=one_round):
+def fit(job, bases, generate, learners, rows, step=one_round):
     """Trains `learners` on frozen `bases`; each then holds its last epoch and, in `best`, the selected one.
 
     job: runtime.job.Job, which restores, saves, logs and refuses losses that are not finite; generate(base name) ->
-    Adapters with their graph; rows {task: (train rows, held-out rows)}; weigh: see one_round; step: replaces
-    one_round."""
+    Adapters with their graph; rows {task: (train rows, held-out rows)}; step: an experiment's own, for one_round."""
     source = Rounds(bases, rows, job.batch_size, job.seed)
-    with job.fit(bases, learners, rows, source, weigh):
+    with job.fit(bases, learners, rows, source):
         for epoch in job.epochs():
             for k in job.rounds(epoch):
                 active = [learner for learner in learners if k < learner.rounds]  # others have done their epoch
                 batch = source.take([task for learner in active for task in learner.tasks])
-                losses = step(bases, generate, active, batch, job.max_tokens, weigh)
+                losses = step(bases, generate, active, batch, job.max_tokens)
                 job.record(losses, batch)
             for learner in learners:
                 learner.optimizer.zero_grad()                                        # frees memory for the evaluation
@@ -178,15 +172,8 @@ def delta_ratios(bases, adapters, source):
 
 
 # ---------------------------------------------------------------------------------------------- the command
-def main(argv=None, sizes={}, change=lambda portal: None, weigh=None, step=one_round):
-    """Trains a run. An ablation hands in sizes (of Config), change(portal) before the first step, weigh or step (see
-    fit)."""
-    fixed = vars(Config(tasks=[]))                                                   # modules, rank, norm
-    args = parse(__doc__, "bases data tasks add-task n modules rank norm epochs batch-size lr max-tokens recompute "
-                          "seed device dtype device-map quantize allow-changed-base run overwrite dry-run",
-                 argv, ({**fixed, **TOY}, {**fixed, **REAL}), modules=dict(type=some_of(MODULES)))
-    if args.add_task:                                                                # add_task.py imports this file
-        return importlib.import_module("experiments.add_task").add_task(args)
+def new_run(args):
+    """Returns a new run's (job, Portal, bases, rows, settings, save(learner)). args: the command's flags."""
     specs = args.bases or TOY_SEEN
     names = short_names(specs)
     default = preset(names)
@@ -197,7 +184,7 @@ def main(argv=None, sizes={}, change=lambda portal: None, weigh=None, step=one_r
     print_fewer(found, n)
     rows = {task: sample(splits["train"], n, seed) for task, splits in found.items()}
     settings = resolve_settings(args, default, args.norm, rows)
-    cfg = Config(tasks=list(rows), **{**default["sizes"], **sizes})
+    cfg = Config(tasks=list(rows), **default["sizes"])
     cfg.modules, cfg.norm = args.modules or cfg.modules, args.norm or cfg.norm
     cfg.rank, cfg.alpha = args.rank or cfg.rank, 2 * (args.rank or cfg.rank)
     lock_for_training(run, cfg, args)
@@ -208,47 +195,28 @@ def main(argv=None, sizes={}, change=lambda portal: None, weigh=None, step=one_r
     for base in bases:
         refuse_twin(base, {other.name: other.provenance for other in bases})
         portal.converters[base.name] = Converter(cfg, base.groups_of(cfg.modules))
-    change(portal)
     portal.to(args.device)
-    learner = portal_learner(portal, rows, settings)
     part = sibling(run, "part")                                                      # until the run is whole
     job = (DryRun if args.dry_run else Job)("train", settings, seed, part / "log.jsonl", part / "train.safetensors")
-    fit(job, bases, portal.adapters, [learner], rows, weigh, step)
-    if args.dry_run:
-        return
-    fitted = dict(n=settings["n"], seed=seed, data=str(data.resolve()), rows=digests_of(rows),
-                  epochs=settings["epochs"], epoch_selected=learner.epoch, seconds=round(job.seconds, 1), date=today())
-    save_run(run, portal, learner, bases, settings, fitted)
-    print(f"epoch {learner.epoch} of {settings['epochs']} selected on held-out rows; saved to {run}")
+    def save(learner):
+        fitted = dict(n=settings["n"], seed=seed, data=str(data.resolve()), rows=digests_of(rows),
+                      epochs=settings["epochs"], epoch_selected=learner.epoch, seconds=round(job.seconds, 1),
+                      date=today())
+        save_run(run, portal, learner, bases, settings, fitted)
+        print(f"epoch {learner.epoch} of {settings['epochs']} selected on held-out rows; saved to {run}")
+    return job, portal, bases, rows, settings, save
 
 
-def save_run(run, portal, learner, bases, settings, fitted):
-    """Writes the run folder, whole or not at all; fitted: what the provenance of every converter says of the fit."""
-    part = sibling(run, "part")
-    with new_folder(run) as folder:                                                  # becomes `run` when it is whole
-        save_states([learner], settings["epochs"], lambda final: save_portal(folder, portal, final))
-        provenance = [dict(base=base.name, **base.provenance, ported=False, **fitted) for base in bases]
-        for p in provenance:
-            write_json(folder / "converters" / f"{p['base']}.json", p)
-        write_json(folder / "portal.json", dict(
-            config=vars(portal.cfg), bases=provenance, seed=fitted["seed"], data=fitted["data"], trained=today(),
-            **settings, versions=dict(torch=torch.__version__, transformers=transformers.__version__)))
-        write_whole(folder / "log.jsonl", lambda p: shutil.copy(part / "log.jsonl", p))
-    if RANK == 0:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def lock_for_training(run, cfg, args):
-    """Locks the run folder. Raises BadInput if it holds something that may not be replaced."""
-    if occupied(run) and not (run / "portal.json").exists():
-        raise BadInput(f"{run} is neither empty nor a run folder; --run DIR names another")
-    if args.dry_run:
-        return
-    lock(run)
-    if (run / "portal.json").exists() and not args.overwrite:
-        same = read_json(run / "portal.json").get("config") == vars(cfg)
-        raise BadInput(f"{run} already holds a trained run{'' if same else ' of another configuration'}; "
-                       "--overwrite replaces it, --run DIR trains beside it")
+def main(argv=None):
+    fixed = vars(Config(tasks=[]))                                                   # modules, rank, norm
+    args = parse(__doc__, "bases data tasks add-task n modules rank norm epochs batch-size lr max-tokens recompute "
+                          "seed device dtype device-map quantize allow-changed-base run overwrite dry-run",
+                 argv, ({**fixed, **TOY}, {**fixed, **REAL}), modules=dict(type=some_of(MODULES)))
+    job, portal, bases, rows, settings, save = (new_task if args.add_task else new_run)(args)
+    learner = portal_learner(portal, rows, settings)
+    fit(job, bases, portal.adapters, [learner], rows)
+    if not args.dry_run:
+        save(learner)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
 """Other ways to adapt a base, fitted on the rows that the base's converter was fitted on."""
-from learner import save_states
 from runtime.distributed import barrier
 from runtime.files import remove, today, write_json
 from runtime.job import Job
 from runtime.resume import forget, state_file
-from runtime.run_folder import save_adapters
+from runtime.saved import save_adapters, save_states
 from train import fit
 
 

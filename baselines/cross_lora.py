@@ -23,11 +23,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from frozen import same_depths
+from bases import same_depths
 from portal import Adapters
 from runtime.distributed import NO_BAR, barrier
 from runtime.files import read_json, write_json
-from runtime.run_folder import load_adapters, save_adapters
+from runtime.saved import load_adapters, save_adapters
 from score import evaluate, macro
 
 FACTORS, HELD = (1, 0.5, 2, 4), 30  # of equally good factors the first counts; tried on so many held-out rows a task

@@ -7,8 +7,8 @@ import dataclasses
 import torch
 
 from baselines import fit_baseline
-from learner import portal_learner
 from portal import Converter, Portal
+from train import portal_learner
 
 
 def fit_hypernet(run, base, rows, provenance, settings, cfg):

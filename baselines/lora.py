@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from baselines import fit_baseline
-from learner import Learner, rounds_of
+from data import rounds_of
 from portal import Adapters, layers_of
+from train import Learner
 
 RANK, ALPHA = 16, 32
 

@@ -11,7 +11,21 @@ import torch.nn.functional as F
 
 from port import Change
 from runtime.files import append_jsonl
-from train import EMA, one_round, task_gradients
+from train import one_round, task_gradients
+
+
+class EMA:
+    """A `weigh` for one_round: divides each (base, task) loss by its running mean, 0.9 / 0.1, never by less than
+    `floor` (section 4). Used in experiments/ alone: on the toy, dividing leaves some tasks under-fit
+    (results/README.md, "Competition")."""
+
+    def __init__(self, floor=1e-3):
+        self.floor, self.means = floor, {}                                           # {base name: [T]}
+
+    def __call__(self, base, losses, gradients):
+        self.means[base] = 0.9 * self.means[base] + 0.1 * losses if base in self.means else losses.clone()
+        weights = (1 / self.means[base].clamp(min=self.floor)).view(-1, 1, 1, 1)     # [T, 1, 1, 1]
+        return [weights * g for g in gradients]
 
 
 class Variant(NamedTuple):

@@ -20,10 +20,10 @@ import contextlib, copy, multiprocessing, os, resource, sys, traceback
 
 import peft, torch, transformers
 
+from bases import Base
 from experiments.comparisons import (Exact, Wrong, check_decoding, check_gradients, check_patching, check_scores,
                                      check_slices, check_weights, peft_models, random_adapters)
 from experiments.tiny_models import CAUSAL, IMAGE_TEXT, VARIANTS, not_counted, tiny_model
-from frozen import Base
 from portal import MODULES
 from runtime.files import ROOT, BadInput, first_line, today, write_whole
 from runtime.flags import NAMES, parse, run_main

@@ -20,19 +20,20 @@ import torch
 from torch import nn
 
 from baselines.lora import TaskLoRAs, lora_learners
-from bases import load_base
-from data import Row, encode, sample
-from learner import portal_learner
+from bases import encode, load_base
 from portal import Config, Converter, Portal
+from reports.results import commit, hardware, pack
 from runtime.files import append_jsonl, read_jsonl, require_same, write_json
 from runtime.flags import commas, parse, run_main, seed
 from runtime.job import Job
-from runtime.report import commit, hardware, pack
+from presets import TOY
 from runtime.resume import forget
-from runtime.run_folder import OUT, load_tensors, lock, save_tensors
+from runtime.run_folder import OUT, lock
+from runtime.saved import load_tensors, save_tensors
 from score import evaluate
+from tasks.rows import Row, sample
 from toy import grid
-from train import TOY, fit
+from train import fit, portal_learner
 
 # A name has 8 skills and a kind 12. The i-th name and the i-th kind: each name is held out once or twice, each kind
 # twice, so all of them occur in the other 80 tasks.

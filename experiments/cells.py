@@ -14,8 +14,8 @@ from statistics import fmean, stdev
 import numpy as np
 import pandas as pd
 
+from reports.results import unpack
 from runtime.files import BadInput, each_line, read_json
-from runtime.report import unpack
 
 REPLICATES = 2000
 ABOUT = dict(seen=list, within=list, across=list, commands=dict, parameters=dict, costs=dict, searched=dict,

@@ -5,13 +5,13 @@ import contextlib, copy, functools, pathlib, tempfile
 import peft, torch
 from torch.overrides import TorchFunctionMode
 
-from data import Item, Row
+from bases import Base, Item
 from experiments.tiny_models import logits_of, tokens
-from export import save_peft
-from frozen import Base
+from exports.peft import save_peft
 from portal import Adapters
 from runtime.files import first_line
 from score import score
+from tasks.rows import Row
 
 LIMIT = 1e-9                                                                         # of a difference, see `same`
 

@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from baselines.lora import ALPHA, RANK, TaskLoRAs
-from bases import load_base
-from data import collate, encode, load_tasks, micro_batches, sample
-from learner import Learner, portal_learner
+from bases import encode, load_base
+from data import collate, micro_batches
 from portal import MODULES, Config, Converter, Portal
+from presets import preset
 from score import full_precision, per_character, score
-from train import EMA, one_round, preset
+from tasks.rows import load_tasks, sample
+from experiments.ablations import EMA
+from train import Learner, one_round, portal_learner
 
 MAX_PROMPT = 768                  # tokens; portallib cuts longer prompts, so rows with one are left out for all
 ROWS, ROUNDS = 4, 10_000          # rows of every task in a round; rounds of the learning rate's schedule, never reached

@@ -19,22 +19,21 @@ from typing import Callable, NamedTuple
 import torch
 
 from baselines.cross_lora import copy, cross_lora
-from bases import TOY_SEEN, load_base, short_name
-from data import encode, load_tasks, sample
+from bases import MAX_LENGTH, TOY_SEEN, encode, load_base, short_name
+from data import most_rounds
 from experiments import presets
 from experiments.fair_tables import draw, tried
 from experiments.paper import dims_of, flops, generator_flops
 from experiments.starts import World, bare, loras, ports
-from learner import Learner, most_rounds
 from portal import MODULES, Config, Converter, Portal
+from reports.results import commit, hardware, pack
 from runtime.files import ROOT, BadInput, append_jsonl, read_jsonl
-from runtime.flags import commas, parse, positive, run_main, some_of
-from runtime.flags import seed as seed_of
+from runtime.flags import commas, parse, positive, run_main, seed as seed_of, some_of
 from runtime.job import Job
-from runtime.report import commit, hardware, pack
+from presets import REAL, TOY
 from score import evaluate
-from tokens import MAX_LENGTH
-from train import REAL, TOY, fit
+from tasks.rows import load_tasks, sample
+from train import Learner, fit
 
 ROWS, SEARCHED, REAL_ROUNDS = (32, 125, 1000), 896, 24
 ROUNDS, SMALL_ROUNDS = (28, 56, 80, 112, 224), (112, 224, 336, 448)                     # of 8 and of 2 rows a task

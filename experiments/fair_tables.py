@@ -4,8 +4,8 @@ import pandas as pd
 
 from experiments.cells import markdown, numbers, over_seeds, percent, share, spread
 from experiments.tables import TOLERANCE
+from reports.results import drawing, unpack
 from runtime.files import write_whole
-from runtime.report import drawing, unpack
 from score import macro
 
 LORAS = ("lora", "lora of batch 2")                                                  # what all others are compared with

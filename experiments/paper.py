@@ -20,11 +20,11 @@ import eval, port, train
 from bases import TOY_SEEN, TOY_UNSEEN, load_config as config_of, short_name
 from experiments.ablations import ABLATIONS, COMPETITION, PORT_ABLATIONS, Variant, watched
 from portal import MODULES
+from reports.results import commit, hardware
 from runtime.files import ROOT, BadInput, read_json, read_jsonl, require_same, write_json, write_whole
 from runtime.flags import Parser, commas, positive, run_main, seed
-from runtime.report import commit, hardware
-from runtime.run_folder import (LOCKS, OUT, load_adapters, load_config, load_converter, load_tensors, lock, new_folder,
-                                provenances, save_tensors)
+from runtime.run_folder import LOCKS, OUT, lock, new_folder
+from runtime.saved import load_adapters, load_config, load_converter, load_tensors, provenances, save_tensors
 
 EXPERIMENTS = dict(main=("6.1", "6.2", "6.3", "tasks"), sweep=("6.4",), aside=("carry",), ablation=("ablations",),
                    competition=("competition",))                                     # {experiment: its tables}

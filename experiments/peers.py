@@ -19,10 +19,10 @@ from tqdm import trange
 
 from experiments.contestants import (ROWS, Work, evaluate_harness, evaluate_ours, evaluate_portallib, loras_ours,
                                      loras_peft, train_floor, train_ours, train_portallib)
+from reports.results import hardware
 from runtime.files import ROOT, BadInput, first_line, today, write_whole
 from runtime.flags import parse, run_main
-from runtime.report import hardware
-from train import REAL, TOY
+from presets import REAL, TOY
 
 TURNS = 5
 COLUMNS = "work", "ours, s", "peer", "peer, s", "peer / ours [min..max]", "target", "peak memory", "held equal"

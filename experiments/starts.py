@@ -11,11 +11,13 @@ import torch
 
 from baselines.cross_lora import site_by_site, transfer
 from baselines.lora import TaskLoRAs
-from frozen import Base, same_depths
-from learner import Learner
-from port import align, ridge, shared_inputs, soft_rows, texts_of, whiten
+from bases import Base, same_depths
 from portal import MODULES, Converter, Core, Portal, layers_of
-from train import preset
+from presets import preset
+from starts.align import align, ridge, shared_inputs, texts_of
+from starts.teacher import soft_rows
+from starts.whiten import whiten
+from train import Learner
 
 UNFREEZE = 0.1  # the rate of a port's last rounds with the core unfrozen, of that of its converter
 

@@ -3,8 +3,8 @@
     Job      runs all epochs; restores a killed fit, saves on time and at Ctrl-C, appends a line an epoch to log.jsonl
     DryRun   has the same methods; runs four rounds and one evaluation and prints what the whole fit would take
 
-The state file holds the learners' parameters and optimiser states, the running means of the losses, the position in the
-run and a digest of its configuration; a state of another one is not used. The seed repeats the order of the rows.
+The state file holds the learners' parameters and optimiser states, the position in the run and a digest of its
+configuration; a state of another one is not used. The seed repeats the order of the rows.
 """
 import contextlib, datetime, json, math, resource, signal, sys, threading, time
 from types import SimpleNamespace
@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from runtime.distributed import NO_BAR, RANK
 from runtime.files import BadInput, append_jsonl, out_of_memory, today
-from runtime.resume import digest, place_lines
-from runtime.run_folder import save_tensors
+from runtime.resume import digest, learner_state, place_lines, restore_learner
+from runtime.saved import save_tensors
 
 EVERY = 60  # seconds between two saves within an epoch, at least
 
@@ -53,13 +53,11 @@ class Job:
     seconds = property(lambda self: self.at.seconds)
 
     @contextlib.contextmanager
-    def fit(self, bases, learners, rows, source, weigh=None):
+    def fit(self, bases, learners, rows, source):
         """Restores before the loop; saves at Ctrl-C; names base, round and tasks when memory is full."""
         self.bases, self.learners, self.source = bases, learners, source
-        self.means = getattr(weigh, "means", {})                                     # {base name: [T]}
-        self.means.clear()
         self.per_epoch = max(learner.rounds for learner in learners)
-        self.identity, self.due = self.identify(rows, weigh), time.time() + EVERY
+        self.identity, self.due = self.identify(rows), time.time() + EVERY
         self.load()
         for learner in learners:
             for task in learner.tasks:
@@ -152,18 +150,17 @@ class Job:
         tqdm.write(f"{self.what} epoch {epoch}/{self.n_epochs}: loss {line['loss']:.3f}, {held}, "
                    f"|BAx|/|Wx| {ratio}, {seconds:.0f} s, {line['tokens_per_s']} tokens/s")
 
-    def identify(self, rows, weigh):
+    def identify(self, rows):
         """A digest of all that the fit's numbers follow from. Not of max_tokens and the device, which change rounding
         alone: a fit that ran out of memory may go on with a smaller --max-tokens."""
         facts = [[base.name, base.provenance, str(base.model.dtype)] for base in self.bases]
         facts += [[learner.tasks, learner.rounds, learner.schedule.base_lrs] for learner in self.learners]
-        named = f"{getattr(weigh, '__qualname__', type(weigh).__qualname__)} {getattr(weigh, 'floor', '')}"
         weights = [p for base in self.bases for p in base.model.parameters()]      # a folder may hold another model now
-        return digest([self.what, facts, rows, (self.n_epochs, self.batch_size, self.seed, named)],
+        return digest([self.what, facts, rows, (self.n_epochs, self.batch_size, self.seed)],
                       [*weights, *self.frozen, *(p for learner in self.learners for p in learner.start)])
 
     def load(self):
-        """Restores learners, running means, position and log.jsonl if the state file is of this very fit."""
+        """Restores learners, position and log.jsonl if the state file is of this very fit."""
         if self.path is None or not self.path.exists():
             return
         try:
@@ -179,8 +176,7 @@ class Job:
         def part(prefix):
             return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         for i, (learner, rest) in enumerate(zip(self.learners, note["learners"])):
-            learner.restore(part(f"{i}."), rest)
-        self.means.update({name: mean.to(self.learners[0].params[0].device) for name, mean in part("ema.").items()})
+            restore_learner(learner, part(f"{i}."), rest)
         vars(self.at).update(note["at"])
         print(f"continuing {self.what} after round {self.at.done} (complete epochs: {len(self.at.lines)}); "
               f"delete {self.path} to start over")
@@ -188,9 +184,8 @@ class Job:
     def save(self):
         if self.path is None or RANK:
             return
-        start, states = time.time(), [learner.state() for learner in self.learners]
+        start, states = time.time(), [learner_state(learner) for learner in self.learners]
         tensors = {f"{i}.{name}": t for i, (own, _) in enumerate(states) for name, t in own.items()}
-        tensors |= {f"ema.{name}": mean for name, mean in self.means.items()}
         note = dict(identity=self.identity, at=vars(self.at), learners=[rest for _, rest in states])
         save_tensors(self.path, tensors, {"note": json.dumps(note)})
         self.due = time.time() + max(EVERY, 20 * (time.time() - start))            # saving takes 5% of the time at most
@@ -251,7 +246,7 @@ class DryRun(Job):
         return time.time()
 
     @contextlib.contextmanager
-    def fit(self, bases, learners, rows, source, weigh=None):
+    def fit(self, bases, learners, rows, source):
         self.device, self.times = bases[0].device, []
         for cycle in source.cycles.values():
             cycle.left = sorted(cycle.items, key=lambda item: item.length())[-self.batch_size:]

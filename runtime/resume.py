@@ -6,6 +6,8 @@ Lines of a .jsonl file are saved here before they are appended there: on restart
 once."""
 import contextlib, hashlib, json
 
+import torch
+
 from runtime.files import append_jsonl, read_json, remove, write_json, write_whole, writing
 
 
@@ -71,3 +73,32 @@ def command_of(args, *more):
     """The digest of a command: its flags, but for those that change rounding alone, and `more` JSON-able facts."""
     free = ("device", "device_map", "max_tokens", "recompute")
     return digest([{k: str(v) for k, v in vars(args).items() if k not in free}, *more])
+
+
+# ---------------------------------------------------------------------------------------------- a learner's state
+def learner_state(learner):
+    """Returns ({name: tensor}, JSON-able rest), from which restore_learner makes an equal learner."""
+    tensors = {f"{k}.parameter": p for k, p in enumerate(learner.params)}
+    tensors.update({f"{k}.best": p for k, p in enumerate(learner.best or [])})
+    for k, p in enumerate(learner.params):  # exp_avg, exp_avg_sq and step; none of them before the first step
+        own = learner.optimizer.state.get(p, {})
+        tensors.update({f"{k}.{name}": t for name, t in own.items()})
+    return tensors, dict(score=learner.score, epoch=learner.epoch, steps=learner.schedule.last_epoch,
+                         rates=[group["lr"] for group in learner.optimizer.param_groups])
+
+
+@torch.no_grad()
+def restore_learner(learner, tensors, rest):
+    """Makes a Learner what it was when `learner_state` read it."""
+    learner.epoch, learner.schedule.last_epoch = rest["epoch"], rest["steps"]
+    learner.score = rest["score"] and tuple(rest["score"])
+    for group, rate in zip(learner.optimizer.param_groups, rest["rates"]):
+        group["lr"] = rate
+    for k, p in enumerate(learner.params):
+        own = {name.removeprefix(f"{k}."): t.to(p.device)
+               for name, t in tensors.items() if name.startswith(f"{k}.")}
+        p.copy_(own.pop("parameter"))
+        best = own.pop("best", None)
+        learner.best = None if best is None else [*(learner.best or []), best]
+        if own:
+            learner.optimizer.state[p] = own

@@ -6,7 +6,7 @@ import torch
 # Before triton is imported anywhere. On a GPU the gpu tests need the compiled kernels; the interpreter's tests skip there
 # unless TRITON_INTERPRET=1 asks for them (and the gpu tests skip then).
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+sys.path[:0] = map(str, [pathlib.Path(__file__).parents[1], *pathlib.Path(__file__).parent.glob("[a-z]*/")])
 
 import peft
 import pytest
@@ -186,7 +186,7 @@ TRAIN = ["--bases", "./base-a,./base-b", *QUICK]
 def small(monkeypatch):
     monkeypatch.setitem(train.REAL, "sizes", dict(d_z=8, d_e=4, hidden=16, d_c=12))
     monkeypatch.setitem(train.REAL, "lora", dict(epochs=2, batch_size=2, lr=1e-3, least=1, max_tokens=200))
-    monkeypatch.setattr("table.plot", lambda path, *_: path.touch())                  # slow; test_docs.py draws the README's
+    monkeypatch.setattr("reports.table.plot", lambda path, *_: path.touch())                  # slow; test_docs.py draws the README's
 
 
 def command(module, *argv):

@@ -6,8 +6,9 @@ import torch
 from conftest import SIZES, lora_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data import Item, Row
+from bases import Item
 from portal import MODULES, Adapters, Config, Converter, Portal
+from tasks.rows import Row
 
 
 def random_adapters(base, tasks=3, rank=4, modules=MODULES, seed=0, dtype=torch.float32):

@@ -6,7 +6,8 @@ import torch
 from conftest import QUICK, TRAIN, command, edit, fingerprint, one_line
 
 import eval as evaluation, port, train
-from runtime import files, run_folder
+from runtime import files
+from runtime.saved import load_converter, load_portal
 
 
 def test_train_port_eval(trained, capsys):
@@ -43,7 +44,7 @@ def test_train_port_eval(trained, capsys):
 def test_an_aligned_port(trained, monkeypatch):
     """Each port of a sweep is aligned with the source base nearest in depth, on prompts of its own training rows."""
     calls, align = [], port.align
-    monkeypatch.setattr(port, "ALIGN", 9)
+    monkeypatch.setattr("starts.align.ALIGN", 9)
     monkeypatch.setattr(port, "align", lambda *args: (calls.append(args), align(*args)))
     assert command(port, "--to", "./base-c", "--n", "2,8", "--epochs", "1", "--align") == 0
     prompts = {json.loads(line)["prompt"] for path in (trained.parents[1] / "data").glob("*/train.jsonl")
@@ -64,9 +65,9 @@ def test_the_last_epoch_is_kept_beside_the_selected_one(trained, monkeypatch):
         base = load_base(f"./{name}")
         for final in (False, True):
             path = trained / "final" / "converters" / f"{name}.safetensors"
-            core = run_folder.load_portal(trained, [name], final=final and name == "base-a")
+            core = load_portal(trained, [name], final=final and name == "base-a")
             if final and path.exists():
-                core.converters[name] = run_folder.load_converter(core.cfg, path)
+                core.converters[name] = load_converter(core.cfg, path)
             got = evaluation.adapters_of(trained, "portal", name, base, final)
             assert all(torch.allclose(g, w) for g, w in zip(got.tensors(), core.adapters(name).tensors()))
 

@@ -3,13 +3,14 @@ import itertools, json, random, re, runpy
 
 import pytest
 from conftest import one_line, save_tiny, tiny_tokenizer, write_task
+from test_benchmarks import TASKS
 
-import benchmarks
-from data import (PASS, Cycle, Item, Rounds, Row, as_read, collate, encode, load_run_tasks, load_tasks, micro_batches,
-                  print_fewer, read_rows, sample)
+import data as data_command
+from bases import Item, encode
+from data import PASS, Cycle, Rounds, collate, micro_batches
 from runtime.files import ROOT, BadInput
 from runtime.flags import run_main
-from test_benchmarks import TASKS
+from tasks.rows import Row, as_read, load_run_tasks, load_tasks, print_fewer, read_rows, sample
 
 GOOD = {"task": "t", "prompt": "w1 w2", "choices": [" w3", " w4"], "gold_idx": 1}
 OPEN = {"task": "t", "prompt": "w1 w2", "completion": " w3 w4"}
@@ -163,7 +164,7 @@ def test_a_task_is_all_choices_or_all_completions(tmp_path):
 def check(capsys, *argv):
     """python data.py --check -> (exit code, what it printed)."""
     try:
-        run_main(lambda: benchmarks.main(["--check", *map(str, argv)]))
+        run_main(lambda: data_command.main(["--check", *map(str, argv)]))
         return 0, capsys.readouterr().out
     except SystemExit as stop:
         return stop.code, capsys.readouterr().out
@@ -228,7 +229,7 @@ def test_check_refuses_what_a_base_cannot_encode(tmp_path, capsys):
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "vocab_size": 3}))
     with pytest.raises(SystemExit, match="2"):
-        run_main(lambda: benchmarks.main(["--check", str(tmp_path / "data"), "--bases", str(base)]))
+        run_main(lambda: data_command.main(["--check", str(tmp_path / "data"), "--bases", str(base)]))
     one_line(capsys, ["EOS '<eos>' has id 3", "embedding has 3 rows", str(base)])
 
 

@@ -13,7 +13,7 @@ from experiments import paper
 from portal import Config, Converter, Portal
 from runtime.files import ROOT, write_json
 from runtime.flags import run_main
-from runtime.run_folder import save_portal
+from runtime.saved import save_portal
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PACKAGES = ("kernels", "baselines", "experiments", "runtime", "toy")

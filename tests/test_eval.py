@@ -5,12 +5,13 @@ import pytest
 from conftest import command, edit, fingerprint, one_line
 
 import eval as evaluation, train
-from bases import load_base
+from bases import encode, load_base
+from eval import adapters_of
+from reports.results import plot, read_results, unpack
+from reports.table import write_results
 from runtime.files import BadInput, append_jsonl, read_jsonl, write_json
-from data import encode, load_tasks
-from eval import adapters_of, write_results
 from score import score
-from runtime.report import plot, read_results, unpack
+from tasks.rows import load_tasks
 
 @pytest.fixture
 def opened(world, monkeypatch):
@@ -65,7 +66,7 @@ def test_a_run_with_completions_end_to_end(opened, capsys):
 
 
 def test_the_table_takes_the_last_row_of_a_cell(tmp_path, monkeypatch):
-    monkeypatch.setattr("table.plot", plot)                                          # as it is
+    monkeypatch.setattr("reports.table.plot", plot)                                          # as it is
     write_json(tmp_path / "portal.json", {"bases": [{"base": "a"}]})
     def row(method, task, acc, n=10):
         for select in ("best", "final"):

@@ -11,13 +11,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
 
 import export
-from bases import load_base, source_of
-from data import Item, Row, collate
-from merge import save_merged
+from bases import Item, load_base, source_of
+from data import collate
 from eval import adapters_of
+from exports.merge import save_merged
+from exports.peft import checkpoint_names
 from portal import MODULES, Adapters
 from runtime.files import BadInput, append_jsonl, write_json
-from runtime.run_folder import load_tensors, save_adapters, save_portal, save_tensors
+from runtime.saved import load_tensors, save_adapters, save_portal, save_tensors
+from tasks.rows import Row
 
 TASKS = ["one", "two", "three"]
 
@@ -173,9 +175,9 @@ def test_an_adapters_file_has_the_names_that_peft_reads(monkeypatch):
     parts = [f"self_attn.{m}_proj.weight" for m in "qkv"]
     split = WeightConverter(["attn.qkv.weight"], parts, operations=[Chunk(dim=0)])
     def names(own, legacy=()):
-        monkeypatch.setattr(export, "get_model_conversion_mapping", lambda model, add_legacy=True: [
+        monkeypatch.setattr("exports.peft.get_model_conversion_mapping", lambda model, add_legacy=True: [
             WeightRenaming(*step) if type(step) is tuple else step for step in (*own, *(legacy if add_legacy else ()))])
-        return export.checkpoint_names(None, [path])[path]
+        return checkpoint_names(None, [path])[path]
     assert names([]) == names([("^model.", "")]) == path                             # PEFT adds the prefix
     assert names([split]) == path
     assert names([("attn.", "self_attn."), split]) == "model.layers.0.attn.q_proj"

@@ -14,9 +14,11 @@ from transformers import PreTrainedTokenizerFast
 import port
 import train
 from bases import Base
-from data import Row
 from portal import Converter
 from runtime.job import Job
+from starts.align import layer_inputs
+from starts.teacher import soft_rows
+from tasks.rows import Row
 
 TEXTS = ["w1 w22 w3 Answer :", "w40 w4", "w7 w8 w9 w10 w11 w7"]
 
@@ -71,7 +73,7 @@ def test_a_base_aligned_with_itself_reads_as_it_does():
     made = Converter(portal.cfg, base.groups_of(portal.cfg.modules), like, port=True)
     texts = [" ".join(f"w{(7 * i + k) % 50}" for k in range(9)) for i in range(40)]
     port.align(made, base, like, tiny_base(), texts)
-    x = torch.cat([x for text in texts[:5] for (m, _), x in port.layer_inputs(base, text, ["q"])[0].items()])
+    x = torch.cat([x for text in texts[:5] for (m, _), x in layer_inputs(base, text, ["q"])[0].items()])
     want = x @ like.P_in["q"].T
     assert (x @ made.P_in["q"].T - want).norm() < 0.1 * want.norm()
 
@@ -124,7 +126,7 @@ def test_a_port_ends_with_the_converter_of_the_core_as_it_was(tmp_path):
         return losses
     settings = dict(train.TOY["port"], epochs=2, batch_size=2, least=3)
     job = Job("port", settings, 0, tmp_path / "log.jsonl")
-    learner, _ = port.port(job, portal, base, rows, settings, port.Change(step=step))
+    learner, _ = port.port(job, portal, base, rows, settings, step=step)
     assert all(torch.equal(p, core[name]) for name, p in portal.core.state_dict().items())
     for got, want in zip(portal.adapters("target").tensors(), last[-1].tensors(), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
@@ -159,7 +161,7 @@ def test_a_killed_port_goes_on_where_whitening_rounds_otherwise_and_not_with_ano
         portal, _ = trained_portal(base)
         settings = dict(train.TOY["port"], epochs=1, batch_size=2, least=6, whiten=eps)
         port.port(Job("port", settings, 0, tmp_path / "log.jsonl", tmp_path / "state"), portal, base, rows, settings,
-                  port.Change(step=step))
+                  step=step)
     def noisy(*args, plain=port.whiten):
         core, back = plain(*args)
         for p in back:
@@ -180,7 +182,7 @@ def test_a_teachers_weights_are_its_probabilities_of_the_choices():
     base = tiny_base(dtype=torch.float64)
     adapters = random_adapters(base, dtype=torch.float64)
     rows = [Row("one", "w1 w2", [" w3", " w4 w5 w6", " w7 w8"], 2), Row("two", "w9", [" w3 w4", " w5"], 0)]
-    soft = port.soft_rows(base, adapters, rows, ["zero", "one", "two"], 99)
+    soft = soft_rows(base, adapters, rows, ["zero", "one", "two"], 99)
     model = tiny_model(dtype=torch.float64)
     for t, row in enumerate(rows, 1):
         handles, log_p = lora_hooks(model, *of_task(adapters, t)), []

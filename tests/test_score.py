@@ -11,13 +11,13 @@ from helpers import make_portal, of_task, plain_greedy, random_adapters
 from tokenizers import normalizers
 
 import score as scoring
-from learner import portal_learner
+from bases import encode
+from portal import MODULES
 from runtime.files import BadInput
 from runtime.job import Job
-from data import Row, encode
 from score import decode, evaluate, lift, score
-from portal import MODULES
-from train import fit
+from tasks.rows import Row
+from train import fit, portal_learner
 
 ROWS = [Row("one", "w1 w2 w3", [" w4", " w5 w6", " w49"], 1), Row("two", "w9 w8", [" w7 w1 w2", " w7 w3"], 0),
         Row("one", "w4", [" w3", " w2"], 0), Row("two", "w30 w31 w32 w33 w34 w35 w36", [" w1", " w22", " w3", " w44 w5"], 2)] * 2

@@ -1,5 +1,5 @@
 """The mixed-task round against the one-task-at-a-time loop, and the pieces of the optimiser against worked examples."""
-import json
+import functools, json
 from types import SimpleNamespace
 
 import pytest
@@ -8,15 +8,15 @@ from conftest import exact_norms, lora_hooks, plain_loss, tiny_base, tiny_model,
 from helpers import NeverWaits, make_portal, of_task, small_rows, some_items
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from learner import Learner, portal_learner
+from bases import Base, Item, encode
+from data import Cycle, micro_batches
+from portal import Config, Converter, Portal
 from runtime.files import BadInput
 from runtime.job import Job
-from data import Cycle, encode, micro_batches
-from tokens import Item
-from frozen import Base
-from portal import Config, Converter, Portal
+from presets import REAL, resolve_settings
 from score import delta_ratio
-from train import REAL, EMA, balance, fit, one_round, resolve_settings, task_gradients
+from experiments.ablations import EMA
+from train import Learner, balance, fit, one_round, portal_learner, task_gradients
 
 
 SETTINGS = dict(epochs=1, batch_size=1, lr=1e-3, least=1)
@@ -85,7 +85,8 @@ def test_the_loss_curve_is_that_of_the_plain_loop(tmp_path, ema):
     settings = dict(epochs=3, batch_size=2, lr=1e-2, least=1, max_tokens=20)
     portal.cfg.norm = "none"                                                        # for its rates: one, and twice that for z
     learner = portal_learner(portal, rows, settings)
-    fit(Job("test", settings, seed, tmp_path / "log.jsonl"), bases, portal.adapters, [learner], rows, EMA() if ema else None)
+    fit(Job("test", settings, seed, tmp_path / "log.jsonl"), bases, portal.adapters, [learner], rows,
+        functools.partial(one_round, weigh=EMA() if ema else None))
     got = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     ends = [portal.z, *portal.core.parameters(), *portal.converters["b"].parameters()]
 

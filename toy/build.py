@@ -27,9 +27,9 @@ from transformers import (AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextCon
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from bases import load_base
-from data import Row, encode, read_rows
+from bases import encode, load_base
 from score import evaluate
+from tasks.rows import Row, read_rows
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one thread: every build gives the same tokenizer
 

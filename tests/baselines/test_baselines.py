@@ -8,14 +8,15 @@ from helpers import random_adapters
 import eval as evaluation, port, train
 from baselines.cross_lora import FACTORS, copy, cross_lora, delta_norm, random, subspace, transfer, transfer_all
 from baselines.lora import TaskLoRAs, iso_sizes
-from data import Cycle, Row, encode
-from learner import Learner, rounds_of
+from bases import encode
+from data import Cycle, rounds_of
 from portal import MODULES, Adapters, Config, Converter, same_depth
 from runtime.files import read_json
 from runtime.job import Job
-from runtime.run_folder import load_adapters, load_portal, save_adapters
+from runtime.saved import load_adapters, load_portal, save_adapters
 from score import evaluate
-from train import fit
+from tasks.rows import Row
+from train import Learner, fit
 
 
 def rows_of(sizes):

@@ -7,10 +7,10 @@ from conftest import SIZES, tiny_base
 from helpers import make_portal, small_rows, some_items
 
 from experiments.ablations import ABLATIONS, COMPETITION, DIVIDED, PORT_ABLATIONS, Variant, equal_norms, watched
-from learner import portal_learner
-from portal import Config, Converter, Portal
 from port import Change
-from train import EMA, one_round, task_gradients
+from portal import Config, Converter, Portal
+from experiments.ablations import EMA
+from train import one_round, portal_learner, task_gradients
 
 SETTINGS = dict(epochs=1, batch_size=1, lr=1e-2, least=1)
 

@@ -5,11 +5,10 @@ import pytest
 import torch
 from conftest import command, one_line
 
-import sites
+from bases import Base, sites
 from experiments import architectures, tiny_models
 from experiments.architectures import check, in_a_process, report
 from experiments.comparisons import Exact
-from frozen import Base
 from portal import Adapters
 
 STRUCTURES = {  # {type: what is found in it}

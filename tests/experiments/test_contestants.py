@@ -3,10 +3,10 @@ import pytest
 import torch
 
 from experiments import contestants
-from learner import portal_learner
-from runtime.files import ROOT
 from portal import Config, Converter, Portal
-from train import EMA, one_round
+from runtime.files import ROOT
+from experiments.ablations import EMA
+from train import one_round, portal_learner
 
 
 def test_a_training_round_of_ours_and_of_portallib_is_the_same():

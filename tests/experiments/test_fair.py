@@ -8,13 +8,13 @@ from conftest import tiny_base, tiny_model
 from helpers import make_portal, small_rows
 
 import port
-from baselines import cross_lora
-from data import SoftRow, encode
+from baselines.cross_lora import cross_lora
+from bases import encode, same_depths
 from experiments import fair, fair_tables, starts
-from frozen import same_depths
+from reports.results import pack
 from runtime.files import read_jsonl
-from runtime.report import pack
 from score import macro, score
+from tasks.rows import SoftRow
 
 MODULES = ["q", "v"]
 

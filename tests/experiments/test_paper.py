@@ -9,9 +9,9 @@ from helpers import make_portal
 from torch.utils.flop_counter import FlopCounterMode, baddbmm_flop
 
 import port, train
+from bases.frozen import Adapted
 from experiments import paper
 from experiments.ablations import ABLATIONS, COMPETITION, PORT_ABLATIONS, Variant
-from frozen import Adapted
 from portal import Converter
 from runtime import run_folder
 from runtime.files import BadInput, read_jsonl, write_json

@@ -5,8 +5,8 @@ from matplotlib.figure import Figure
 from conftest import command
 
 from experiments import plots
-from runtime.files import append_jsonl, write_json
 from experiments.plots import log_curves
+from runtime.files import append_jsonl, write_json
 
 def test_a_log_becomes_a_plot_of_its_numbers(tmp_path, monkeypatch, capsys):
     def epoch(what, number, loss, acc):

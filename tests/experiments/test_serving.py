@@ -12,7 +12,7 @@ import export
 from experiments import serving
 from experiments.serving import compare, speeds, to_continue
 from runtime.files import BadInput, write_json
-from runtime.run_folder import load_portal, save_portal
+from runtime.saved import load_portal, save_portal
 
 
 @pytest.fixture

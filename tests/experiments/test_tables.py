@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from experiments import tables
 from experiments.cells import comparable, numbers, share
 from experiments.tables import MARKERS, NOTE, TABLES, reached
-from runtime.report import pack, unpack
+from reports.results import pack, unpack
 
 TASKS = {"one": 23, "two": 30, "three": 18}                                          # evaluation rows of each
 ABOUT = dict(seen=["src"], within=["kin"], across=["far"], hardware="an abacus", commit="abc1234",

@@ -6,8 +6,8 @@ import safetensors.torch
 import torch
 
 import eval as evaluation, port, train
+from bases import Item
 from runtime import distributed, files, run_folder
-from data import Item
 
 SIZES, LORA = dict(d_z=8, d_e=4, hidden=16, d_c=12), dict(epochs=2, batch_size=2, lr=1e-3, least=1, max_tokens=200)
 TRAIN = "--bases ./base-a,./base-b --data data --n 9 --epochs 2 --batch-size 2 --max-tokens 60 --run".split()
@@ -15,7 +15,8 @@ PORT = "--to ./base-c --n 9 --epochs 2 --batch-size 2 --max-tokens 60 --run".spl
 EVAL = "--bases base-c --eval-rows 4 --methods lora,cross_lora,portal --run".split()
 
 COMMANDS = f"""
-import eval as evaluation, port, table, train
+import eval as evaluation, port, train
+from reports import table
 from runtime import distributed, files, flags, run_folder
 table.plot = lambda path, *_: path.touch()                     # slow, and not the point
 train.REAL["sizes"], train.REAL["lora"] = {SIZES}, {LORA}

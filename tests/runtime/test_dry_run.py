@@ -4,8 +4,9 @@ from types import SimpleNamespace
 
 from conftest import TRAIN, command, fingerprint, write_task
 
-import data, port, train
+import port, train
 from runtime import job
+from tasks.rows import load_tasks, sample
 
 
 def test_a_dry_run_rehearses_the_fit_and_writes_nothing(world, capsys, monkeypatch):
@@ -25,8 +26,8 @@ def test_a_dry_run_rehearses_the_fit_and_writes_nothing(world, capsys, monkeypat
     said = "8 rounds of 1.00 s and 2 evaluations of 1.0 s on held-out rows, 0:00:10 in all; peak memory"
     assert said in capsys.readouterr().out
     dry, longest = batches[:], 0
-    for splits in data.load_tasks(world / "data").values():
-        rows = data.sample(splits["train"], 8, 0)[0]
+    for splits in load_tasks(world / "data").values():
+        rows = sample(splits["train"], 8, 0)[0]
         longest += sum(sorted(len(r.prompt.split()) + len(r.choices[r.gold].split()) - 1 for r in rows)[-2:])
     assert all(sum(length for _, length in own) == longest for own in dry[0].values())
     batches.clear()

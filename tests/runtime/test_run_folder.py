@@ -10,7 +10,7 @@ import eval as evaluation
 from portal import MODULES
 from runtime import run_folder
 from runtime.files import BadInput, write_json
-from runtime.run_folder import load_config, load_portal, save_portal, save_tensors
+from runtime.saved import load_config, load_portal, save_portal, save_tensors
 
 
 def test_a_saved_run_loads_back_equal(tmp_path):

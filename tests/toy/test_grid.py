@@ -4,8 +4,9 @@ import random, re
 import pytest
 
 from bases import load_base
-from data import Row, load_tasks
-from toy import build, grid
+from toy import build
+from tasks.rows import Row, load_tasks
+from toy import grid
 
 
 def read(text, name, kind):

@@ -4,9 +4,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bases import load_base
-from data import load_tasks
 from runtime.files import ROOT
 from toy import build
+from tasks.rows import load_tasks
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,9 @@ from transformers import (AutoModelForCausalLM, AutoModelForImageTextToText, Aut
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 import train
-from bases import Source, auto_class, four_bits, load_base, load_tokenizer, reading
-from checkpoints import check_values, dequantised, fingerprint, quantisation
+from bases import auto_class, load_base, load_tokenizer
+from bases.files import check_values, dequantised, fingerprint, quantisation
+from bases.load import Source, four_bits, reading
 from runtime.files import BadInput
 
 
@@ -292,14 +293,14 @@ def test_how_files_are_quantised_is_read_from_the_config():
 
 def test_four_bits_are_asked_for_as_normal_floats(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", {"bitsandbytes": "is installed"}.get)
-    monkeypatch.setattr("bases.BitsAndBytesConfig", dict)
+    monkeypatch.setattr("bases.load.BitsAndBytesConfig", dict)
     want = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     assert four_bits("cuda:1", torch.bfloat16) == want
     config = types.SimpleNamespace(quantization_config=None, get_text_config=lambda: None)
     plain = Source("base", "/base", None, None, "/base"), config
     found, options = reading(*plain, "cuda", torch.bfloat16, "4bit", "auto")
     assert found == "4bit" and options["quantization_config"] == want and options["device_map"] == "auto"
-    monkeypatch.setattr("bases.four_bits", lambda device, dtype: (device, dtype))    # meta in place of a GPU
+    monkeypatch.setattr("bases.load.four_bits", lambda device, dtype: (device, dtype))    # meta in place of a GPU
     _, options = reading(*plain, "meta", torch.bfloat16, "4bit", None)
     assert options["quantization_config"] == ("meta", torch.bfloat16)
     assert options["device_map"] == {"": torch.device("meta")}

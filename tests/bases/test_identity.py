@@ -6,9 +6,11 @@ from conftest import QUICK, command, in_hub_cache, one_line, save_tiny, write_ta
 from transformers import AutoModelForCausalLM
 
 import eval as evaluation, export, port, train
-from bases import (TOY, files_of, find_base, load_base, load_config, load_tokenizer, pretrained, recorded,
-                   reload_base, resolve, same, short_name, short_names, source_of)
-from checkpoints import fingerprint, refuse_twin, weight_files
+from bases import (TOY, find_base, load_base, load_config, load_tokenizer, pretrained, recorded, refuse_twin,
+                   reload_base, resolve, short_name, short_names, source_of, weight_files)
+from bases.files import fingerprint
+from bases.load import same
+from exports.merge import files_of
 from runtime.files import BadInput, read_json
 
 A, B = "a" * 40, "b" * 40
@@ -125,7 +127,7 @@ def test_all_files_of_a_base_are_of_the_commit_asked_for(tmp_path, hub_cache, mo
         if cls is AutoModelForCausalLM:
             (tmp_path / "kept").rename(made[A] / "model.safetensors")
         return pretrained(cls, source, **options)
-    monkeypatch.setattr("bases.pretrained", fetched)
+    monkeypatch.setattr("bases.load.pretrained", fetched)
     base = load_base(f"Org/Two@{A}")
     want = safetensors.torch.load_file(made[A] / "model.safetensors")
     assert all(torch.equal(want[name], t) for name, t in base.unpatch().state_dict().items())
@@ -135,7 +137,7 @@ def test_all_files_of_a_base_are_of_the_commit_asked_for(tmp_path, hub_cache, mo
                                    fingerprint=fingerprint(made[A], weight_files(made[A])))
     def fetched_adapter(where, revision=None):                                       # it lies on the hub alone
         (made[revision] / "adapter_config.json").write_text("{}")
-    monkeypatch.setattr("bases.find_adapter_config_file", fetched_adapter)
+    monkeypatch.setattr("bases.load.find_adapter_config_file", fetched_adapter)
     with pytest.raises(BadInput, match="base 'two' holds an adapter, too"):
         load_base(f"Org/Two@{A}")
 

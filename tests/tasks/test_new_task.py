@@ -5,12 +5,13 @@ from conftest import SIZES, command, exact_norms, fingerprint, one_line, plain_l
 from helpers import make_portal, of_task
 
 import eval as evaluation, export, port, train
-from bases import load_base
-from data import Cycle, encode, load_tasks, sample
-from experiments import add_task
+from bases import encode, load_base
+from data import Cycle
 from portal import Converter
 from runtime.files import read_json, read_jsonl, write_json
-from runtime.run_folder import load_portal, load_tensors, save_portal
+from runtime.saved import load_portal, load_tensors, save_portal
+from tasks import new_task
+from tasks.rows import load_tasks, sample
 
 TASKS, SEEN = ["one", "two", "three"], {"base-a": "qwen3", "base-b": "llama"}
 PORTED = {"base-c": "gemma3"}
@@ -117,7 +118,7 @@ def test_a_killed_add_leaves_a_run_that_works(run, monkeypatch):
         raise KeyboardInterrupt
     for writer in ("save_tensors", "write_json"):                                    # before the latents, and behind them
         with monkeypatch.context() as patch:
-            patch.setattr(add_task, writer, stop)
+            patch.setattr(new_task, writer, stop)
             assert command(train, "--add-task", "aside/four", "--run", run, *ADD) == 130
         assert (run / "portal.json").read_bytes() == before and torch.equal(load_portal(run).z, z)
     assert len(latents(run)[0]) == 4                                                 # one row too many: it does not count
@@ -158,7 +159,7 @@ def test_eval_port_and_export_know_the_task(run, monkeypatch, world, capsys):
 
     seen = []
     monkeypatch.setattr(port, "fit", lambda *args, **_: seen.append(args[4]) or 0.0)
-    monkeypatch.setattr(port, "save_states", lambda *_: None)
+    monkeypatch.setattr("runtime.saved.save_states", lambda *_: None)
     assert command(port, "--run", run, "--to", "./base-c", "--n", "4", "--overwrite") == 0
     assert list(seen[0]) == [*TASKS, "four"]
     assert seen[0]["four"] == sample(load_tasks(world / "aside")["four"]["train"], 4, 0)

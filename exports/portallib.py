@@ -6,10 +6,16 @@ import collections, hashlib, pathlib, re
 
 import huggingface_hub, safetensors
 import torch
+from torch.nn.utils import parameters_to_vector
 
+from bases import resolve
 from portal import MODULES, Config, Converter, Portal, group_sites, layers_of
-from runtime.files import BadInput, first_line, read_json, write_json
-from runtime.run_folder import load_tensors, plain, save_tensors
+from runtime.distributed import RANK, barrier
+from runtime.files import BadInput, first_line, read_json, remove, today, write_json
+from runtime.run_folder import LOCKS, OUT, lock, new_folder, occupied
+from runtime.saved import (load_config, load_portal, load_tensors, plain, provenances, save_converter, save_portal,
+                           save_tensors)
+from tasks.rows import load_tasks
 
 FORMAT = {"format_version": 1, "library_name": "portallib", "architecture": "canonical", "task_type": "CAUSAL_LM"}
 METADATA = {"format": "portallib", "format_version": "1"}                            # of model.safetensors
@@ -157,3 +163,64 @@ def save_artifact(folder, portal, tag, base, origin, revision):
         "n_layers": len(base.blocks), "layer_path": paths[0][0],
         "projection_targets": targets, "base_model_name_or_path": origin, "base_model_revision": revision})
     save_tensors(folder / "model.safetensors", tensors, METADATA)
+
+
+# ---------------------------------------------------------------------------------------------- artifacts and runs
+def import_artifact(artifact, run, ported=False, n=None, seed=None, data=None, overwrite=False):
+    """Makes a portallib artifact the run folder `run`, or adds its base to a run with the same latents and core.
+    ported: the artifact is a refit. n, seed, data: the rows that it was fitted on, if known. Raises BadInput."""
+    config, portal = read_artifact(artifact)
+    (spec, converter), = portal.converters.items()
+    source = resolve(spec)
+    name = source.name
+    portal.converters = {name: converter}
+    if data:
+        load_tasks(data, portal.cfg.tasks)                                           # BadInput unless it has every task
+    p = dict(base=name, id=source.id, revision=config.get("base_model_revision"), ported=ported, n=n, seed=seed,
+             data=data and str(data.resolve()), date=None, artifact=digest_of(artifact))
+    def add(folder, saved):
+        provenance = folder / "converters" / f"{name}.json"                          # written last, as in port.py:
+        remove(provenance)                                                           # without it the rest is ignored
+        remove(folder / "final" / "converters" / f"{name}.safetensors")
+        save_converter(folder, portal, name, name)
+        write_json(provenance, p)
+        known = {key: p[key] if saved[key] is None else saved[key] for key in ("seed", "data")}
+        bases = [b for b in saved["bases"] if b["base"] != name] + [p] * (not ported)
+        write_json(folder / "portal.json", {**saved, **known, "bases": bases})
+
+    if occupied(run) and not (run / "portal.json").exists():
+        raise BadInput(f"{run} is neither empty nor a run folder; --run DIR names another")
+    with LOCKS:                                                                      # unlocks at the end: the command
+        lock(run)                                                                    # that goes on with `run` locks it
+        if (run / "portal.json").exists():
+            saved, cfg = load_config(run)
+            mine, its = (parameters_to_vector([x.z, *x.core.parameters()]) for x in (load_portal(run), portal))
+            if portal.cfg != cfg or not torch.equal(mine, its):
+                raise BadInput(f"{run} has other tasks, sizes, latents or core than {artifact}; python export.py "
+                               f"--artifact {artifact} --run DIR reads it into another run")
+            if (run / "converters" / f"{name}.json").exists() and not overwrite:
+                raise BadInput(f"{run} already holds {name}; --overwrite replaces its converter")
+            add(run, saved)
+        else:
+            with new_folder(run) as folder:
+                save_portal(folder, portal)
+                add(folder, dict(config=vars(portal.cfg), bases=[], seed=None, data=None, trained=today()))
+    print(f"{name}: read from {artifact} into {run}")
+
+
+def run_of(spec):
+    """Returns the run out/<name> that holds the portallib artifact `spec`, a folder or a hub id, reading it first if
+    need be, or `spec` if that is no artifact, a run folder or None. Raises BadInput."""
+    if spec is None or (spec / "portal.json").exists():
+        return spec
+    folder = fetch(spec)
+    if not is_artifact(folder):
+        return spec
+    run = OUT / (folder.resolve().name if folder is spec else spec.name.partition("@")[0])
+    if run.resolve() == folder.resolve():                                            # an artifact in out/
+        run = run.with_name(f"{run.name}-run")
+    held = provenances(run).values() if (run / "portal.json").exists() else ()
+    if RANK == 0 and digest_of(folder) not in [p.get("artifact") for p in held]:
+        import_artifact(folder, run)
+    barrier()
+    return run

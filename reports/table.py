@@ -1,6 +1,6 @@
 """The table of a run, results.md, and its plots, drawn from results.jsonl alone."""
+from reports.results import hardware, plot, read_results
 from runtime.files import read_json, write_whole
-from runtime.report import hardware, plot, read_results
 from score import lift
 
 METHODS = ("base", "lora", "lora_iso", "cross_lora", "copy", "random", "hypernet", "portal")  # in this order

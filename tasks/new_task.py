@@ -1,4 +1,4 @@
-"""Adds a task to a run: a new latent is learned; core and converters stay frozen. `train.py --add-task DIR` calls it.
+"""One more task for a run: a new latent is learned; core and converters stay frozen (train.py --add-task DIR).
 
 The latent is fitted on bases of the run, by default those that the core was trained on; a ported base then gives no
 data for the task, and its converter decodes the latent all the same. The latent starts at the mean of the trained
@@ -7,13 +7,14 @@ ones: the core has seen no others. Nothing is drawn, so the start does not depen
 import torch
 
 from bases import find_base, reload_base
-from data import load_tasks, sample
-from learner import portal_learner
+from exports.portallib import run_of
 from runtime.files import BadInput, today, write_json
 from runtime.job import DryRun, Job
+from presets import preset, resolve_settings
 from runtime.resume import digests_of, forget, state_file
-from runtime.run_folder import find_run, load_config, load_portal, load_tensors, lock, provenances, save_tensors
-from train import fit, preset, resolve_settings
+from runtime.run_folder import find_run, lock
+from runtime.saved import load_config, load_portal, load_tensors, provenances, save_tensors
+from tasks.rows import load_tasks, sample
 
 
 def bases_for(args, run, saved, cfg):
@@ -44,9 +45,10 @@ def new_latent(portal, trained):
     return [p.requires_grad_(False) for module in modules for p in module.parameters()]
 
 
-def add_task(args):
-    """Learns the task in the folder args.add_task and adds it to the run. args: train.py's flags. Raises BadInput."""
-    run = find_run(args.run)
+def new_task(args):
+    """Returns (job, Portal, bases, rows, settings, save(learner)) of one more task, that in the folder args.add_task.
+    args: train.py's flags. Raises BadInput."""
+    run = find_run(run_of(args.run))
     saved, cfg = load_config(run)
     fitted_on, added, folder = bases_for(args, run, saved, cfg), saved.get("added", {}), args.add_task.resolve()
     task, settings = folder.name, resolve_settings(args, preset(fitted_on), cfg.norm)
@@ -58,27 +60,31 @@ def add_task(args):
 
     portal = load_portal(run, fitted_on).to(args.device)
     frozen = new_latent(portal, portal.z[:len(cfg.tasks) - len(added)])              # without the tasks added before
-    before = [p.clone() for p in frozen]
-    learner, state = portal_learner(portal, rows, settings), state_file(run, f"add-{task}")
+    before, state = [p.clone() for p in frozen], state_file(run, f"add-{task}")
     if not args.dry_run:
         lock(run)
     job = (DryRun if args.dry_run else Job)(f"add {task}", settings, seed, run / "log.jsonl", state, frozen)
-    fit(job, bases, portal.adapters, [learner], rows)
-    if args.dry_run:
-        return
-    assert all(torch.equal(p, b) for p, b in zip(frozen, before)), "the frozen core or converters changed"
-    learner.load_best()
+    def save(learner):
+        assert all(torch.equal(p, b) for p, b in zip(frozen, before)), "the frozen core or converters changed"
+        learner.load_best()
+        how = dict(folder=str(folder), bases=list(fitted_on), n=settings["n"], seed=seed, rows=digests_of(rows)[task],
+                   epochs=settings["epochs"], epoch_selected=learner.epoch, seconds=round(job.seconds, 1), date=today())
+        save_latent(run, saved, task, portal.z.detach().cpu(), how)
+        forget(state)
+        print(f"{task}: epoch {learner.epoch} of {settings['epochs']} selected on held-out rows; added to {run}; "
+              "python eval.py measures it on every base")
+    return job, portal, bases, rows, settings, save
 
-    tasks = cfg.tasks if task in added else [*cfg.tasks, task]
-    t, new = tasks.index(task), portal.z.detach().cpu()
+
+def save_latent(run, saved, task, new, how):
+    """Writes the latent [1, d_z] of a task into a run, in place of an earlier one of that task, and how it was learned
+    into portal.json, whose contents are `saved`."""
+    tasks = saved["config"]["tasks"]
+    t, T = (tasks.index(task) if task in tasks else len(tasks)), len(tasks)
     for path in (run / "final" / "latents.safetensors", run / "latents.safetensors"):
         if path.exists():
             z = load_tensors(path)["z"]                                           # may have a row too many: load_portal
-            save_tensors(path, {"z": torch.cat([z[:t], new, z[t + 1:len(cfg.tasks)]])})  # [T + 1 or again T, d_z]
-    how = dict(folder=str(folder), bases=list(fitted_on), n=settings["n"], seed=seed, rows=digests_of(rows)[task],
-               epochs=settings["epochs"], epoch_selected=learner.epoch, seconds=round(job.seconds, 1), date=today())
+            save_tensors(path, {"z": torch.cat([z[:t], new, z[t + 1:T]])})           # [T + 1 or again T, d_z]
     write_json(run / "portal.json", {                                             # last: until then the run has T tasks
-        **saved, "config": {**saved["config"], "tasks": tasks}, "added": {**added, task: how}})
-    forget(state)
-    print(f"{task}: epoch {learner.epoch} of {settings['epochs']} selected on held-out rows; added to {run}; "
-          "python eval.py measures it on every base")
+        **saved, "config": {**saved["config"], "tasks": tasks if t < T else [*tasks, task]},
+        "added": {**saved.get("added", {}), task: how}})

@@ -4,20 +4,37 @@ Weights keep their names, shapes, shards and metadata, and every other file arri
 reads the base reads the result. transformers would write other names, another config and tokenizer, and leave out
 tensors that its class does not use.
 """
-import functools, json, os, pathlib, re, shutil
+import contextlib, functools, json, os, pathlib, re, shutil
 
-import safetensors, safetensors.torch
+import huggingface_hub, safetensors, safetensors.torch
 import torch
 from transformers import AutoTokenizer, GenerationConfig
 from transformers.core_model_loading import (WeightConverter, WeightRenaming, rename_source_key,
                                              revert_weight_conversion)
 from transformers.pytorch_utils import Conv1D
 
-from bases import pretrained
-from checkpoints import OTHER_WEIGHTS, weight_files, weight_map
+from bases import OTHER_WEIGHTS, pretrained, recorded, weight_files, weight_map
 from runtime.files import BadInput, read_json
 
 WEIGHTS = re.compile(rf".+\.({'|'.join(['safetensors', *OTHER_WEIGHTS])})(\.index\.json)?", re.IGNORECASE)
+
+
+def files_of(p):
+    """Returns the folder with all files of a base with provenance p, but for weights of other formats; where the hub is
+    out of reach, with those in its cache. Raises BadInput."""
+    source = recorded(p)
+    if not source.on_hub:
+        return pathlib.Path(source.where)
+    fetch = functools.partial(huggingface_hub.snapshot_download, source.where, revision=source.revision,
+                              ignore_patterns=[f"*.{kind}" for kind in OTHER_WEIGHTS])
+    try:
+        return pathlib.Path(fetch())
+    except Exception:                                                                # of the network or the hub
+        with contextlib.suppress(Exception):
+            folder = fetch(local_files_only=True)
+            print(f"base {source.where}: the hub is out of reach; its files are taken from {folder}")
+            return pathlib.Path(folder)
+        raise BadInput(f"base {source.where}: its files could not be loaded from the hub")
 
 
 @torch.no_grad()

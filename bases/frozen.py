@@ -12,12 +12,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
-import masks
-import tokens
+import bases.masks as masks
+from bases.sites import find_sites, shape
+from bases.tokens import text_ids
 from kernels.lora import lora_add, lora_linear
 from portal import MODULES, group_sites, same_depth
 from runtime.files import BadInput
-from sites import find_sites, shape
 
 
 class Adapted(nn.Module):
@@ -185,7 +185,7 @@ class Base:
     def generate(self, prompts, adapters=None, tasks=None, max_new_tokens=32):
         """The greedy continuations, R texts, of R prompts (texts or lists of token ids), row r with the adapters of
         tasks[r]; one forward pass a token for all rows. A row ends at EOS or after max_new_tokens."""
-        prompts = [tokens.text_ids(self.tokenizer, [p])[0][0] if isinstance(p, str) else p for p in prompts]
+        prompts = [text_ids(self.tokenizer, [p])[0][0] if isinstance(p, str) else p for p in prompts]
         eos = self.tokenizer.eos_token_id
         task = None if tasks is None else torch.as_tensor(tasks, device=self.device)  # [R]
         together = len(set(map(len, prompts))) == 1 or self.pads

@@ -5,11 +5,10 @@ from conftest import ARCHITECTURES, exact_norms, peft_projections, save_tiny, ti
 from helpers import NeverWaits, hooked, items, of_task, random_adapters
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM
 
-import masks
-from bases import Base, load_base, reload_base, resolve
-from runtime.files import BadInput
+from bases import Base, load_base, masks, reload_base, resolve
 from data import collate
 from portal import MODULES, Adapters
+from runtime.files import BadInput
 from train import task_gradients
 
 
@@ -273,7 +272,7 @@ def test_weights_stay_as_transformers_loaded_them(tmp_path, monkeypatch):
     whole = packed.model.layers[0].mlp.up_proj.weight.clone()
     packed.config.quantization_config = dict(load_in_8bit=True)                      # else int8 weights are refused
     info = dict.fromkeys(("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"), ())
-    monkeypatch.setattr("bases.pretrained", lambda cls, spec, **options: {
+    monkeypatch.setattr("bases.load.pretrained", lambda cls, spec, **options: {
         AutoModelForCausalLM: (packed, info), AutoConfig: packed.config, AutoTokenizer: tiny_tokenizer()}[cls])
     base = load_base(str(folder), dtype=torch.bfloat16)
     assert torch.equal(base.sites["up", 0].linear.weight, whole) and base.model.model.norm.weight.dtype == torch.float32

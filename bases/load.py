@@ -1,9 +1,9 @@
-"""Bases by name: an alias, a folder, a .gguf file or a hub id, loaded as a frozen.Base.
+"""Bases by name: an alias, a folder, a .gguf file or a hub id, loaded as a Base.
 
 A base has one identity, a Source. Every command names a base by it: its files in a run by `name`, its provenance by
 `id`, the commit of a hub id and the fingerprint of its files, with which it is loaded again.
 """
-import contextlib, functools, importlib.util, os, pathlib, re, sys
+import importlib.util, os, pathlib, re, sys
 from typing import NamedTuple
 
 import huggingface_hub
@@ -14,10 +14,10 @@ from transformers import (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_T
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from transformers.utils.peft_utils import find_adapter_config_file
 
-import tokens
-from checkpoints import (BITS, DEQUANTISED, OTHER_WEIGHTS, check_complete, check_purpose, check_values, dequantised,
-                         fingerprint, quantisation, refuse_adapter, right_tokenizer, weight_files)
-from frozen import Base
+from bases.files import (BITS, DEQUANTISED, check_complete, check_purpose, check_values, dequantised, fingerprint,
+                         quantisation, refuse_adapter, right_tokenizer, weight_files)
+from bases.frozen import Base
+from bases.tokens import prepare
 from runtime.distributed import RANK
 from runtime.files import ROOT, BadInput, first_line
 
@@ -170,10 +170,10 @@ def load_tokenizer(spec):
 
 
 def tokenizer_of(source, folder, config):
-    """Returns the tokenizer of a pinned Source, prepared for `encode`: see tokens.prepare. Raises BadInput."""
+    """Returns the tokenizer of a pinned Source, prepared for `encode`: see prepare. Raises BadInput."""
     tokenizer = pretrained(AutoTokenizer, source)
     if source.gguf:
-        return tokens.prepare(tokenizer, config)
+        return prepare(tokenizer, config)
     tokenizer = right_tokenizer(source.name, tokenizer, folder)
     try:
         eos = GenerationConfig.from_pretrained(source.where, revision=source.revision).eos_token_id
@@ -181,7 +181,7 @@ def tokenizer_of(source, folder, config):
         if (folder / "generation_config.json").exists():
             raise BadInput(f"base {source.name!r}: generation_config.json is not readable: {first_line(error)}")
         eos = None
-    return tokens.prepare(tokenizer, config, eos)
+    return prepare(tokenizer, config, eos)
 
 
 def auto_class(config):
@@ -263,24 +263,6 @@ def recorded(p):
     if not source.on_hub and p["id"] not in TOY and not os.path.isabs(p["id"]):
         raise BadInput(f"base {p['id']}, a hub id, has the name of a folder here; rename the folder")
     return source._replace(name=p["base"], revision=p["revision"] if source.on_hub else None)
-
-
-def files_of(p):
-    """Returns the folder with all files of a base with provenance p, but for weights of other formats; where the hub is
-    out of reach, with those in its cache. Raises BadInput."""
-    source = recorded(p)
-    if not source.on_hub:
-        return pathlib.Path(source.where)
-    fetch = functools.partial(huggingface_hub.snapshot_download, source.where, revision=source.revision,
-                              ignore_patterns=[f"*.{kind}" for kind in OTHER_WEIGHTS])
-    try:
-        return pathlib.Path(fetch())
-    except Exception:                                                                # of the network or the hub
-        with contextlib.suppress(Exception):
-            folder = fetch(local_files_only=True)
-            print(f"base {source.where}: the hub is out of reach; its files are taken from {folder}")
-            return pathlib.Path(folder)
-        raise BadInput(f"base {source.where}: its files could not be loaded from the hub")
 
 
 def reload_base(provenance, *args, allow_changed=False, **options):

@@ -16,7 +16,7 @@ from transformers.core_model_loading import Chunk, Concatenate, WeightConverter,
 import export
 from bases import Base, load_base, resolve
 from eval import adapters_of
-from merge import changes_of, copy_rest, loaded_as, merged, save_converted, save_merged
+from exports.merge import changes_of, copy_rest, loaded_as, merged, save_converted, save_merged
 from runtime.files import BadInput
 
 

@@ -12,16 +12,17 @@ import eval as evaluation, export, port
 from bases import load_base
 from eval import adapters_of
 from portal import MODULES
-from runtime import artifact, run_folder
+from exports import portallib as ours
+from runtime import run_folder
 from runtime.files import BadInput, read_json, write_json
-from runtime.run_folder import load_portal
+from runtime.saved import load_portal, provenances, save_converter
 
 portallib = pytest.importorskip("portallib")
 
 
 def save_artifact(folder, where, architecture, modules, shared=None, layer_path="model.layers", model=None, **changes):
     """A portallib artifact with random weights on the base in `where`; `shared`: another one's latents and core."""
-    sizes = {**{theirs: SIZES[ours] for ours, theirs in artifact.SIZES.items()}, "alpha": 6}
+    sizes = {**{theirs: SIZES[ours] for ours, theirs in ours.SIZES.items()}, "alpha": 6}
     config = portallib.PortalConfig.from_model(
         model or tiny_model(architecture), tasks=TASKS, base_model_name_or_path=str(where), modules=modules,
         layer_path=layer_path, allow_heterogeneous_targets=True, **{**sizes, **changes})
@@ -106,7 +107,7 @@ def test_layers_that_differ_both_ways(world, make, modules):
     portal = load_portal(world / "R", ["d"])
     for P in portal.converters["d"].parameters():
         P.data += 0.1 * torch.randn_like(P)
-    run_folder.save_converter(world / "R", portal, "d", "d")
+    save_converter(world / "R", portal, "d", "d")
     assert command(export, "--run", "R", "--to", "d", "--portallib", "--out", "again") == 0
     assert_same_factors(world / "R", "d", world / "d", portallib.PortalModel.from_pretrained(world / "again"))
 
@@ -269,8 +270,8 @@ def test_the_last_epochs_converter_is_replaced_too(world, monkeypatch):
     assert command(export, "--artifact", "A", "--run", "R") == 0
     for P in (portal := load_portal(world / "R", ["base-a"])).converters["base-a"].parameters():
         P.data += 1
-    run_folder.save_converter(world / "R", portal, "base-a", "base-a", final=True)
-    run_folder.save_converter(world / "R", portal, "base-a", "base-c", final=True)
+    save_converter(world / "R", portal, "base-a", "base-a", final=True)
+    save_converter(world / "R", portal, "base-a", "base-c", final=True)
     assert command(export, "--artifact", "A", "--run", "R", "--overwrite") == 0
     one, two = (load_portal(world / "R", ["base-a"], final).converters["base-a"].state_dict()
                 for final in (False, True))
@@ -278,9 +279,9 @@ def test_the_last_epochs_converter_is_replaced_too(world, monkeypatch):
     assert [p.name for p in (world / "R" / "final" / "converters").iterdir()] == ["base-c.safetensors"]
     def killed(*args):
         raise KeyboardInterrupt
-    monkeypatch.setattr(export, "save_converter", killed)
+    monkeypatch.setattr(ours, "save_converter", killed)
     assert command(export, "--artifact", "A", "--run", "R", "--overwrite") == 130
-    assert run_folder.provenances(world / "R") == {}
+    assert provenances(world / "R") == {}
 
 
 def change(folder, config=None, tensors=None, metadata=None):
@@ -288,7 +289,7 @@ def change(folder, config=None, tensors=None, metadata=None):
     c, t = read_json(folder / "config.json"), load_file(folder / "model.safetensors")
     (config or (lambda c: None))(c), (tensors or (lambda t: None))(t)
     write_json(folder / "config.json", c)
-    save_file(t, folder / "model.safetensors", metadata or artifact.METADATA)
+    save_file(t, folder / "model.safetensors", metadata or ours.METADATA)
 
 
 BAD = {  # name: (what is changed in the artifact, words of the one line)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-import benchmarks
-from benchmarks import BENCHMARKS, REVISIONS, build, format_row
+from tasks import benchmarks
+from tasks.benchmarks import BENCHMARKS, REVISIONS, build, format_row
 
 # --- formatters: invented rows with the upstream columns, exact expected output ---
 RTE = {"premise": "The bridge  opened in May. ", "hypothesis": "A bridge opened.", "idx": 0, "label": 1}
@@ -182,7 +182,7 @@ def test_build_cuts_truthfulqa_in_two(fake_hub, tmp_path):
 
 # --- the prepared rows of nine tasks: undo each row, format it again, get the same row ---
 
-TASKS = Path(os.environ.get("PORTAL_TASKS", Path(__file__).parents[1] / "../shared/data/tasks"))
+TASKS = Path(os.environ.get("PORTAL_TASKS", Path(__file__).parents[2] / "../shared/data/tasks"))
 
 
 def undo(pattern, *columns):

@@ -5,14 +5,15 @@ from helpers import items, make_portal, random_adapters
 
 import eval as evaluation, export, port, train
 from baselines.cross_lora import copy, transfer
-from bases import load_base
-from data import Item, Row, collate
+from bases import Base, Item, load_base, same_depths
+from data import collate
 from experiments.tiny_models import tiny_model
-from frozen import Base, same_depths
 from portal import Converter, group_sites
 from runtime.files import BadInput
-from runtime.run_folder import load_config, load_converter, load_tensors, save_converter
+from runtime.saved import load_config, load_converter, load_tensors, save_converter
 from score import score
+from starts.align import layer_inputs
+from tasks.rows import Row
 
 
 def base_of(cls, name="tiny", **config):
@@ -204,7 +205,7 @@ def test_what_a_site_reads(name, kinds, ends):
         if path.split(".")[-1] in ends.values():
             module.register_forward_hook(lambda _, args, y, path=path: read.update({path: args[0]}))
     plain(input_ids=torch.tensor([base.tokenizer("w1 w2 w3 w4").input_ids]), use_cache=False)
-    found, at = port.layer_inputs(base, "w1 w2 w3 w4", kinds)
+    found, at = layer_inputs(base, "w1 w2 w3 w4", kinds)
     assert at == {2: 0, 5: 1, 8: 2, 11: 3} and len(found) == sum(len(base.sites_of(m)) for m in kinds)
     for (m, layer), x in found.items():
         want = read[base.sites[m, layer].path]

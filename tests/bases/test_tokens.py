@@ -8,12 +8,13 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import (AddedToken, AutoTokenizer, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM,
                           PreTrainedTokenizerFast)
 
-import benchmarks
-from bases import Base
-from data import Item, Row, encode, load_tasks
+from bases import Base, Item, around, encode, odd_rows, tokenize
+from bases.tokens import Limits, difference, prepare
 from runtime.files import ROOT, BadInput
 from score import score
-from tokens import Limits, around, difference, odd_rows, prepare, tokenize
+import data
+from tasks import check
+from tasks.rows import Row, load_tasks
 
 TEXTS = ["The cat sat on the mat.\nAnswer: yes", "Question: who is it? Answer: no, the other one", "aa: bb: cc: ab: ba:"] * 9
 ROWS = [Row("t", "The cat sat on the mat.\nAnswer:", [" yes", " no", " the other cat"], 1),
@@ -441,8 +442,8 @@ def test_any_text_is_encoded_checked_and_scored(three, tmp_path, monkeypatch, pr
         path = tmp_path / "t" / f"{split}.jsonl"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps({"prompt": prompt, **answer}, ensure_ascii=False) + "\n", encoding="utf-8")
-    monkeypatch.setattr(benchmarks, "load_tokenizer", lambda spec: tokenizer)
-    code = command(benchmarks, "--check", tmp_path, "--bases", "any")
+    monkeypatch.setattr(check, "load_tokenizer", lambda spec: tokenizer)
+    code = command(data, "--check", tmp_path, "--bases", "any")
     try:
         rows = load_tasks(tmp_path)["t"]["eval"]
         items, cut = encode(tokenizer, rows, ["t"])

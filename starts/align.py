@@ -1,0 +1,72 @@
+"""Alignment: P_in of a port starts by ridge regression on a base that the core was trained on. Not in the write-up."""
+import torch
+from tqdm import tqdm
+
+from bases import MAX_LENGTH, same_depths
+from runtime.distributed import NO_BAR
+
+ALIGN = 1000  # texts for `align`, in equal parts of all tasks
+
+
+def texts_of(rows):
+    """The prompts that an alignment reads, of rows {task: (train, held out)}."""
+    return [row.prompt for train, _ in rows.values() for row in train[:max(1, ALIGN // len(rows))]]
+
+
+@torch.no_grad()
+def layer_inputs(base, text, modules):
+    """Returns what the sites of `base` read at the S tokens of a text, {(m, layer): [S, d_in]} of those that text
+    reaches, and {position of a character: the token that ends there}."""
+    tokens = base.tokenizer(text, return_offsets_mapping=True, truncation=True, max_length=MAX_LENGTH)
+    found = {}
+    def record(key):
+        return lambda linear, args, y: found.update({key: args[0].flatten(0, -2).to(base.device)})
+    hooks = [site.linear.register_forward_hook(record(key)) for key, site in base.sites.items() if key[0] in modules]
+    first = torch.zeros(1, dtype=torch.long, device=base.device)                     # the one position with logits
+    with base.activate({"at": (first, first)}):
+        base.model(input_ids=torch.tensor([tokens.input_ids], device=base.device), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return found, {end: k for k, (start, end) in enumerate(tokens.offset_mapping) if end > start}
+
+
+def shared_inputs(base, source, text, modules):
+    """Returns layer_inputs of two bases at the tokens of a text that end at the same characters, in the same order."""
+    (x, ends), (source_x, source_ends) = layer_inputs(base, text, modules), layer_inputs(source, text, modules)
+    shared = sorted(ends.keys() & source_ends.keys())
+    at, source_at = [ends[c] for c in shared], [source_ends[c] for c in shared]
+    return {key: own[at] for key, own in x.items()}, {key: own[source_at] for key, own in source_x.items()}
+
+
+def ridge(XX, XY, by=1e-2):
+    """Returns W of min |X W - Y|^2 + lambda |W|^2 from X^T X and X^T Y; lambda is `by` of X^T X's mean diagonal."""
+    eye = torch.eye(len(XX), dtype=XX.dtype, device=XX.device)
+    return torch.linalg.solve(XX + by * XX.diagonal().mean() * eye, XY)
+
+
+@torch.no_grad()
+def align(converter, base, like, source, texts):
+    """Sets P_in by ridge regression towards the inputs of the core on `source`, a base it was trained on; `like` is the
+    source's converter. Not in the write-up. It uses prompts but no answers.
+
+    min over P_in of  sum |P_in x - P_in' x'|^2 + lambda |P_in|^2,  in float64, for each group of sites: x is what a
+    layer of `base` reads at a token of a text, x' what the source's layer of the same relative depth reads at the
+    token that ends at the same character. Tokenizers cut texts differently, but most words end at a token's end in
+    both.
+    """
+    modules = {group.kind for group in converter.groups.values()}
+    XX, XY = dict.fromkeys(converter.P_in, 0), dict.fromkeys(converter.P_in, 0)
+    source_P = {g: P.double() for g, P in like.P_in.items()}                         # [d_c, d_in of the source]
+    what = f"aligning {base.name} with {source.name}"
+    for text in tqdm(texts, desc=what, unit="text", delay=2, leave=False, disable=NO_BAR):
+        x, source_x = shared_inputs(base, source, text, modules)
+        for m in modules:
+            for (layer, g, _), (source_layer, source_g, _) in same_depths(base, source, m):
+                if (m, layer) not in x or (m, source_layer) not in source_x:
+                    continue
+                X = x[m, layer].double()                                             # [S, d_in]
+                Y = source_x[m, source_layer].double() @ source_P[source_g].T                # [S, d_c]
+                XX[g], XY[g] = XX[g] + X.T @ X, XY[g] + X.T @ Y
+    for g, P_in in converter.P_in.items():
+        if torch.is_tensor(XX[g]):                                                   # else text does not reach them
+            P_in.copy_(ridge(XX[g], XY[g]).T)                                        # [d_c, d_in]
