@@ -75,18 +75,22 @@ def over_seeds(rows, aggregate=fmean, key="acc_norm"):
     return means.groupby("series", sort=False).agg(aggregate)
 
 
+@functools.lru_cache(maxsize=3)
+def resampled(sizes, replicates):
+    """For each task of N evaluation rows how often a replicate draws each, [replicates, N]."""
+    rng = np.random.default_rng(0)
+    return [rng.multinomial(N, np.full(N, 1 / N), replicates).astype(float) for N in sizes]
+
+
 def numbers(rows):
     """A data frame with a column for each series: first the accuracy, mean over tasks and seeds, then R replicates."""
-    draws = {series: np.zeros(REPLICATES) for series in rows["series"]}
-    rng = np.random.default_rng(0)
-    for task, on_task in rows.groupby("task", sort=False):
-        N = on_task["rows"].iloc[0]
-        if set(on_task["rows"]) != {N} or set(on_task["series"]) != draws.keys():
+    draws, tasks = {series: np.zeros(REPLICATES) for series in rows["series"]}, rows.groupby("task", sort=False)
+    for (task, on_task), drawn in zip(tasks, resampled(tuple(tasks["rows"].first()), REPLICATES)):
+        if set(on_task["rows"]) != {drawn.shape[1]} or set(on_task["series"]) != draws.keys():
             raise BadInput(f"task {task} was not measured on the same evaluation rows by all")
-        drawn = rng.multinomial(N, np.full(N, 1 / N), REPLICATES).astype(float)      # [R, N]: how often a row is drawn
         for series, own in on_task.groupby("series"):
             right = np.array(own["correct"].tolist(), float)                         # [seeds, N]
-            draws[series] += drawn @ right.sum(0) / right.size / rows["task"].nunique()
+            draws[series] += drawn @ right.sum(0) / right.size / len(tasks)
     return pd.DataFrame({series: np.r_[acc, draws[series]] for series, acc in over_seeds(rows).items()})
 
 
