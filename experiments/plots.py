@@ -30,21 +30,14 @@ def curves(path, rows):
             axes.legend(frameon=False, fontsize="small")
 
 
-def log_curves(path):
-    """Returns {fit: {epoch: (loss, held-out acc_norm or None)}} of log.jsonl. A fit that was started again replaces
-    what it had from that epoch on."""
-    found = {}
-    def add(row):
-        if row["event"] == "epoch":
-            before = {epoch: pair for epoch, pair in found.get(row["what"], {}).items() if epoch < row["epoch"]}
-            found[row["what"]] = {**before, row["epoch"]: (row["loss"], row["held_acc_norm"])}
-    each_line(path, add, "a row of a training log")
-    return found
-
-
 def main(argv=None):
-    log = find_run(parse(__doc__, "run", argv).run) / "log.jsonl"
-    fits, image = log_curves(log), log.with_suffix(".png")
+    log, fits = find_run(parse(__doc__, "run", argv).run) / "log.jsonl", {}          # {fit: {epoch: (loss, acc_norm)}}
+    image = log.with_suffix(".png")
+    def add(row):                                                                    # a fit that was started again
+        if row["event"] == "epoch":                                                  # replaces its later epochs
+            before = {epoch: pair for epoch, pair in fits.get(row["what"], {}).items() if epoch < row["epoch"]}
+            fits[row["what"]] = {**before, row["epoch"]: (row["loss"], row["held_acc_norm"])}
+    each_line(log, add, "a row of a training log")
     with drawing(image, 11, columns=2) as both:
         for what, epochs in fits.items():
             values = pd.DataFrame(epochs, ["loss", "held-out acc_norm"], dtype=float).T  # [epoch, 2]

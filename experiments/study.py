@@ -72,8 +72,8 @@ class Stand(NamedTuple):
 
     def plan(self, how):
         """Returns (the lists of bases, numbers of rounds, [(rate, value of the knob)] to search, rows in a round)."""
-        bases = [self.sources] if how.start is sources else [[b] for b in filter(None, [self.target])] or [
-            [b] for b in self.sources]
+        each = [[base] for base in ([self.target] if self.target else self.sources)]
+        bases = [self.sources] if how.start is sources else each
         rates = RATES[how.start][self.preset is REAL] if any(how.rounds) else [0.0]
         if self.lengths:
             return bases, any(how.rounds) and self.lengths or (0,), [(lr, [*how.knobs][0]) for lr in rates], 4
@@ -195,8 +195,9 @@ def stand_of(args):
         raise BadInput("--data and --out are needed with --bases")
     if len(args.to or ()) > 1:
         raise BadInput(f"--to: one base is accepted here, not {', '.join(args.to)}")
+    dtype = args.dtype or (torch.float32 if args.device == "cpu" else torch.bfloat16)
     return Stand(tuple(args.bases), args.to and args.to[0], args.data, args.tasks and tuple(args.tasks),
-                 args.source_n or 32, 40, args.eval_rows or 100, tuple(args.rounds or [24]), args.device, args.dtype)
+                 args.source_n or 32, 40, args.eval_rows or 100, tuple(args.rounds or [24]), args.device, dtype)
 
 
 def main(argv=None):

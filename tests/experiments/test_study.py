@@ -8,7 +8,7 @@ from helpers import make_portal, random_adapters, small_rows
 from test_tables import line
 
 from experiments import methods, study
-from experiments.methods import World, loras, ports, sources
+from experiments.methods import World, loras, ports
 from runtime.files import read_jsonl
 from score import macro
 

@@ -145,8 +145,8 @@ def test_a_study_is_drawn_and_fills_a_page(tmp_path, monkeypatch):
     page = "# Q\n\n<!-- real 32: portal, 3; the best LoRA; portal, 9 -->\n| old |\n\nText.\n"
     text = tables.filled(page, tmp_path)
     assert tables.filled(text, tmp_path) == text and "old" not in text and text.endswith("\n\nText.\n")
-    assert cells(text.splitlines(), "32", "portal, 3")[2:5] == ["0.750 ± 0.000", "1.000 ± 0.000", "-"]
-    assert cells(text.splitlines(), "32", "lora, 6")[4].startswith("+0.050 [") and "| 125 |" not in text and "portal, 9 |" not in text
+    assert cells(text.splitlines(), "b", "32", "portal, 3")[3:6] == ["0.750 ± 0.000", "1.000 ± 0.000", "-"]
+    assert cells(text.splitlines(), "b", "32", "lora, 6")[5].startswith("+0.050 [") and "| 125 |" not in text and "portal, 9 |" not in text
     with pytest.raises(BadInput, match="nothing of this was measured"):
         tables.filled(page.replace("real 32", "real 8"), tmp_path)
     drawings, write = [], Figure.savefig
