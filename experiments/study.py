@@ -190,7 +190,7 @@ def stand_of(args):
     if given and not args.bases:
         raise BadInput(f"--{given[0].replace('_', '-')} goes with --bases; without it the toy is measured")
     if not args.bases:
-        return Stand()
+        return Stand(device=args.device)
     if not (args.data and args.out):
         raise BadInput("--data and --out are needed with --bases")
     if len(args.to or ()) > 1:
