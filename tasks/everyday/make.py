@@ -63,7 +63,7 @@ def basics(rng):
     host = rng.choice(["example.com", "example.org", "example.net"])
     email = rng.choice(["{0}", "{1}", "{2}{1}"]).format(plain(first), plain(last), plain(first)[0])
     return dict(first=first, last=last, name=f"{first} {last}", i=first[0], city=city, email=f"{email}@{host}",
-                phone=f"{rng.randint(201, 989)}-555-01{rng.randrange(100):02}",            # 555-01xx belongs to nobody
+                phone=f"{rng.randint(201, 989)}-555-01{rng.randrange(100):02}",          # 555-01xx is kept for fiction
                 item=rng.choice(ITEMS), day=rng.choice(DAYS), n=rng.randrange(1000, 99999), k=rng.randint(2, 60),
                 **{code: format_date(date, pattern, code) for code, pattern in DATES.items()})
 

@@ -20,12 +20,8 @@ def lines(task, split):
 @pytest.fixture
 def make():
     """make.py, whose rows depend on the versions of its packages."""
-    def installed(name):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-    if any(installed(name) != version for name, version in PINS):
+    installed = {package.name.lower(): package.version for package in importlib.metadata.distributions()}
+    if any(installed.get(name.lower()) != version for name, version in PINS):
         pytest.skip("needs the packages of requirements-bench.txt in these versions")
     from tasks.everyday import make
     return make
