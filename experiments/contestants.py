@@ -212,8 +212,11 @@ def completions(base, tasks):
 
 
 def decode_ours(work, base, tasks):
-    rows, result = [item.row for item in completions(base, tasks)[0]], completions(base, tasks)[1]
-    return work.timed(lambda: result(decode(base, None, encode(base.tokenizer, rows, list(tasks))[0], work.max_tokens)))
+    items, result = completions(base, tasks)
+    def step():
+        again = encode(base.tokenizer, [item.row for item in items], list(tasks))[0]
+        return result(decode(base, None, again, work.max_tokens))
+    return work.timed(step)
 
 
 def decode_harness(work, base, tasks):

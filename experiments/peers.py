@@ -58,11 +58,10 @@ def beside(ours, name, peer):
 def choose_threads(turn):
     """Sets the number of threads with which `turn` is faster: on tiny tensors threads may wait for each other more than
     they work."""
-    seconds = {}
-    for n in (torch.get_num_threads(), 1):
+    def seconds(n):
         torch.set_num_threads(n)
-        seconds[n] = min(turn()[0] for _ in range(3))
-    torch.set_num_threads(min(seconds, key=seconds.get))
+        return min(turn()[0] for _ in range(3))
+    torch.set_num_threads(min((torch.get_num_threads(), 1), key=seconds))
 
 
 def peak_of(contestant, work, threads):
@@ -129,12 +128,12 @@ def plan(args):
     def line(what, work, *rest):
         label = f"{what}, {pathlib.Path(work.spec).name}"
         return label, partial(measure, label, work, *rest)
-    def training(target):
-        plain = partial(train_portallib, gradient_checkpointing=False)               # faster, and more memory
-        return {"portallib": (train_portallib, target), "portallib, its checkpointing off": (plain, target)}
-    yield line("training round", toy, train_ours, training(5.0), portal)
-    yield line("training round", real, train_ours, training(4.0 if cuda else 1.5), portal, True)
-    yield line("training round, --recompute", real, partial(train_ours, recompute=True), training(1.5), portal, True)
+    plain = partial(train_portallib, gradient_checkpointing=False)                   # faster, and more memory
+    yield line("training round", toy, train_ours, {"portallib": (train_portallib, 5.0),
+                                                   "portallib, its checkpointing off": (plain, 5.0)}, portal)
+    portallib = {"portallib": (train_portallib, 4.0 if cuda else 1.5)}
+    yield line("training round", real, train_ours, portallib, portal, True)
+    yield line("training round, --recompute", real, partial(train_ours, recompute=True), portallib, portal, True)
     yield line("LoRA round", toy, loras_ours, {"PEFT": (loras_peft, 4.0)}, lora)
     yield line("LoRA round", real, loras_ours, {"PEFT": (loras_peft, 4.0 if cuda else 1.3)}, lora)
     yield line("evaluation", dataclasses.replace(real, split="eval", rows=2 if args.quick else 50), evaluate_ours,

@@ -108,7 +108,8 @@ def layer_rows(task, parts, modules, copy, matmul):
 def table(device, quick, copy, matmul):
     """Yields the rows of both tables: the ways on whole layers, then the kernels alone on q's x and dy."""
     (model, sizes), counts = SHAPES[device.type], ROWS[device.type][:1 if quick else None]
-    yield from ("shapes,tokens,T,adapted,way,ms,overhead,GB/s,of copy,TFLOP/s,of matmul,peak MB".split(","), ["---"] * 12)
+    yield "shapes,tokens,T,adapted,way,ms,overhead,GB/s,of copy,TFLOP/s,of matmul,peak MB".split(",")
+    yield ["---"] * 12
     for (R, S), T in itertools.product(counts, (1, 4, 14)):
         task, parts = case(sizes, R, S, T, device)
         for adapted, modules in (("q,v", ("q", "v")), ("all", tuple(parts))):
