@@ -55,15 +55,6 @@ def beside(ours, name, peer):
             RATIO: shown([b / a for a, b in zip(ours_s, peer_s)], ".2f")}
 
 
-def choose_threads(turn):
-    """Sets the number of threads with which `turn` is faster: on tiny tensors threads may wait for each other more than
-    they work."""
-    def seconds(n):
-        torch.set_num_threads(n)
-        return min(turn()[0] for _ in range(3))
-    torch.set_num_threads(min((torch.get_num_threads(), 1), key=seconds))
-
-
 def peak_of(contestant, work, threads):
     """Returns GiB at the peak of two turns (the second has the optimiser's state), above the loaded base and in all.
     For a process of its own, on Linux: a peak never goes down, and ru_maxrss starts at that of the parent."""
@@ -84,6 +75,8 @@ def peak_of(contestant, work, threads):
 def measure(label, work, ours, peers, note="", with_memory=False):
     """Returns lines of the table: `ours` beside each of `peers` {name: (contestant, target of the ratio)}, or why a
     peer is missing."""
+    if work.repeat > 1:                                                              # on tiny tensors, threads wait for
+        torch.set_num_threads(1)                                                     # each other more than they work
     turns, missing = {"ours": ours(work, *work.load())}, []
     for name, (contestant, _) in peers.items():
         try:
@@ -92,8 +85,6 @@ def measure(label, work, ours, peers, note="", with_memory=False):
             missing.append({"work": label, "peer": name, RATIO: f"not measured: {first_line(error)}"})
     if len(turns) == 1:
         return missing
-    if work.repeat > 1:
-        choose_threads(list(turns.values())[-1])
     taken, threads, lines = take_turns(label, turns), torch.get_num_threads(), []
     del turns                                                                        # frees the bases
     def peak(contestant):

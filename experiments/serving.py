@@ -69,7 +69,7 @@ def server(venv, name, arguments):
         log_p = reply["choices"][0]["prompt_logprobs"]
         return sum(log_p[len(prompt) + i][str(token)]["logprob"] for i, token in enumerate(continuation))
     def steps():
-        return float(re.search(r"^vllm:iteration_tokens_total_count\S* (\S+)", call("metrics"), re.M)[1])
+        return float(re.search(r"^vllm:iteration_tokens_total_count.* (\S+)$", call("metrics"), re.M)[1])
     def ask(requests):
         try:
             before, start = steps(), time.perf_counter()
