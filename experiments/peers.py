@@ -140,8 +140,8 @@ def decoding(args):
                                          peer: decode_harness(work, *work.load())}).values()
         (texts, right, tokens), (their_texts, their_right, their_tokens) = ours[-1][1], theirs[-1][1]
         return [{"work": pathlib.Path(spec).name, **beside(ours, peer, theirs), "rows": len(texts),
-                 "tokens, ours": tokens, "peer's": their_tokens, "exact match, ours": right / len(texts),
-                 "its": their_right / len(texts), "same text": sum(map(str.__eq__, texts, their_texts))}]
+                 "tokens": tokens, "peer's tokens": their_tokens, "exact match": right / len(texts),
+                 "peer's exact match": their_right / len(texts), "same text": sum(map(str.__eq__, texts, their_texts))}]
     for spec in args.bases:
         yield spec, partial(line, spec)
 
