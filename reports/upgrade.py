@@ -122,7 +122,7 @@ def write(run, found, rows):
     for new, after in others:
         report, name = compare(old, new, before, after, rows), f"upgrade-{old}-to-{new}"
         exact = [task for task, cell in report["tasks"].items() if cell["metric"] == "exact_match"]
-        text = (f"# From {old} to {new}\n\n" + "\n".join(table(report)) + f"\n\n![]({name}.png)\n\n"
+        text = (f"# From {old} to {new}\n\n" + "\n".join(table(report)) + f"\n\n![](<{name}.png>)\n\n"
                 "Before and after: acc_norm of the base with PorTAL's adapters" + ", exact match for " * bool(exact)
                 + f"{', '.join(exact)}. Prompts answered right and now wrong: `now_wrong` in {name}.json.\n\n{RULE}")
         plot(run / f"{name}.png", report)

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from conftest import QUICK, command, edit, fingerprint, lora_hooks, one_line, tiny_base, tiny_model
-from helpers import hooked, of_task, plain_greedy, random_adapters
+from conftest import QUICK, command, edit, fingerprint, one_line, tiny_base, tiny_model
+from helpers import hooked, plain_greedy, random_adapters
 from safetensors.torch import load_file
 
 import export, port, train
@@ -21,14 +21,12 @@ def test_a_teachers_weights_are_its_probabilities_of_the_choices():
     soft = soft_rows(base, adapters, rows, ["zero", "one", "two"], 99)
     model = tiny_model(dtype=torch.float64)
     for t, row in enumerate(rows, 1):
-        handles, log_p = lora_hooks(model, *of_task(adapters, t)), []
+        made, log_p = soft[id(row)], []
         for choice in row.choices:
             prompt, both = (base.tokenizer(text).input_ids for text in (row.prompt, row.prompt + choice))
-            found = model(input_ids=torch.tensor([both])).logits[0].log_softmax(-1).detach()
+            with hooked(model, adapters, t):
+                found = model(input_ids=torch.tensor([both])).logits[0].log_softmax(-1).detach()
             log_p.append(sum(float(found[k - 1, both[k]]) for k in range(len(prompt), len(both))))
-        for handle in handles:
-            handle.remove()
-        made = soft[id(row)]
         np.testing.assert_allclose(made.weights, np.exp(log_p) / np.exp(log_p).sum(), atol=1e-5)
         assert made.gold == int(np.argmax([lp / len(choice) for lp, choice in zip(log_p, row.choices)]))
         assert made[:3] == row[:3] and not made.open
@@ -66,6 +64,14 @@ def test_which_texts_are_answers(monkeypatch, capsys):
     assert "one: 4 of 8 rows are left out: t's answer is empty, holds a special token, or has not ended" in capsys.readouterr().out
 
 
+def relabel(data):
+    """Every label becomes another."""
+    for file in data.glob("*/train.jsonl"):
+        for k, line in enumerate(file.read_text().splitlines(), 1):
+            row = json.loads(line)
+            edit(file, k, {"gold_idx": (row["gold_idx"] + 1) % len(row["choices"])})
+
+
 def test_a_port_to_a_teacher_reads_no_label(trained, monkeypatch, capsys):
     def ported(*flags):
         argv = ["--to", "base-c", "--n", 8, "--epochs", 2, "--batch-size", 2, "--overwrite", *flags]
@@ -73,24 +79,18 @@ def test_a_port_to_a_teacher_reads_no_label(trained, monkeypatch, capsys):
         return fingerprint(trained / "converters")["base-c.safetensors"]
     labelled, taught = ported(), ported("--teacher", "base-b")
     assert json.loads((trained / "converters" / "base-c.json").read_text())["teacher"] == "base-b"
-    files = [*(trained.parents[1] / "data").glob("*/train.jsonl")]
-    for file in files:                                                               # every label becomes another
-        for k, line in enumerate(file.read_text().splitlines(), 1):
-            row = json.loads(line)
-            edit(file, k, {"gold_idx": (row["gold_idx"] + 1) % len(row["choices"])})
+    relabel(trained.parents[1] / "data")
     assert ported("--teacher", "base-b") == taught != labelled != ported()
     assert ported("--teacher", "base-a") != taught
-    capsys.readouterr()
-    assert command(port, "--to", "base-c", "--teacher", "base-x", "--overwrite") == 2
-    one_line(capsys, ["base-x", "base-a"])
-
     def completed(with_):
         for path in (trained.parents[1] / "data" / "one").iterdir():
             path.write_text("".join(json.dumps({"task": "one", "prompt": f"w{k}", "completion": with_}) + "\n" for k in range(9)))
     completed(" w1")
     before = fingerprint(trained)
-    assert command(port, "--to", "base-c", "--teacher", "base-b", "--overwrite") == 2    # it never ends
-    one_line(capsys, ["--teacher", "one", "ends within 64 tokens"])
+    for teacher, words in (("base-x", ["base-x", "base-a"]), ("base-b", ["--teacher", "one", "ends within 64 tokens"])):  # it never ends
+        capsys.readouterr()
+        assert command(port, "--to", "base-c", "--teacher", teacher, "--overwrite") == 2
+        one_line(capsys, words)
     assert fingerprint(trained) == before
     monkeypatch.setattr("starts.teacher.decode", lambda teacher, adapters, items, max_tokens:
                         [f"w{item.prompt[0] % 9} w2" if item.prompt[0] % 3 else "" for item in items])
@@ -122,9 +122,7 @@ def test_loras_without_a_run_are_learned_and_carried(trained, capsys):
     for _ in range(2):
         assert command(train, *flags) == 0
         cores.append(fingerprint(world / "new")["core.safetensors"])
-        for file in (world / "data").glob("*/train.jsonl"):
-            for line in range(1, 1 + len(file.read_text().splitlines())):
-                edit(file, line, {"gold_idx": 0})
+        relabel(world / "data")
     assert cores[0] == cores[1]
     assert [(b["base"], b["teacher"], b["adapters"]) for b in json.loads((world / "new" / "portal.json").read_text())["bases"]] == [
         (name, "base-a", str(world / "loras")) for name in ("base-b", "base-c")]
