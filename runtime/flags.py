@@ -7,7 +7,7 @@ import argparse, pathlib, sys
 import torch
 
 from runtime import distributed
-from runtime.files import BadInput, first_line, out_of_memory
+from runtime.files import ROOT, BadInput, first_line, out_of_memory
 from runtime.run_folder import LOCKS
 
 
@@ -102,6 +102,11 @@ def seed(text):
     refuse(text, "a whole number from 0 to 2^63 - 1 is")
 
 
+def data_folder(text):
+    """The folder that --data names; `everyday` is that of the tasks which come with the code (./everyday is not)."""
+    return ROOT / "tasks" / "everyday" if text == "everyday" else pathlib.Path(text)
+
+
 # {group of the help: {flag: argparse's keywords}}; a flag means the same in every command. A default of None: the
 # preset's value (train.py) or what the run was trained with.
 FOLDER = dict(type=pathlib.Path, metavar="DIR")
@@ -114,7 +119,8 @@ FLAGS = {
         "against": dict(metavar="BASE", help="report what a move from this base of the run to --bases (default: the"
                                              " ported ones) changes: scores, flips, a verdict a task"),
         "to": dict(NAMES, help="the bases to port to, named like --bases"),
-        "data": dict(FOLDER, help="folder of tasks: DIR/<task>/{train,eval}.jsonl"),
+        "data": dict(FOLDER, type=data_folder, help="folder of tasks: DIR/<task>/{train,eval}.jsonl, or everyday: the "
+                                                    "sixteen tasks that come with the code"),
         "tasks": dict(NAMES, help="some of the tasks (default: all); --task is the same"),
         "task": dict(metavar="TASK", help="the task, or 'all'"),
         "add-task": dict(FOLDER, help="learn one more task, DIR/{train,eval}.jsonl, with core and converters frozen, "
