@@ -35,15 +35,15 @@ def completions(teacher, adapters, rows, tasks, max_tokens):
     found, tokenizer, left = {}, teacher.tokenizer, {}
     asked = [row._replace(choices=[" a"]) for row in rows]                           # in the place of an unread label
     parts = tokenize(tokenizer, asked)
-    def answers(which, limit):
+    def ask(which, limit):
         # As many tokens as half the limit stand for the completion: score.decode goes on for twice as many.
         room = [[tokenizer.eos_token_id or 0] * (limit // 2)]
         own = [parts[k]._replace(continuations=room) for k in which]
         items, _ = to_items(tokenizer, [asked[k] for k in which], own, tasks)
         return dict(zip(which, decode(teacher, adapters, items, max_tokens)))
-    texts = answers(range(len(rows)), LIMIT)
+    texts = ask(range(len(rows)), LIMIT)
     # A token has at least a byte, so that a shorter text has ended. Of the others, those have that do not go on.
-    again = answers([k for k, text in texts.items() if len(text.encode()) >= LIMIT // 2], LIMIT + 16)
+    again = ask([k for k, text in texts.items() if len(text.encode()) >= LIMIT // 2], LIMIT + 16)
     bare = rows and not tokenizer.decode(parts[0].continuations[0][:1])[:1].isspace()
     for k, row in enumerate(rows):
         text = texts[k].rstrip()
