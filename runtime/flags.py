@@ -116,6 +116,8 @@ SWITCH = dict(action="store_true")
 FLAGS = {
     "what to work on": {
         "bases": dict(NAMES, help="aliases, hub ids (org/name@revision), local folders or .gguf files"),
+        "against": dict(metavar="BASE", help="report what a move from this base of the run to --bases (default: the"
+                                             " ported ones) changes: scores, flips, a verdict a task"),
         "to": dict(NAMES, help="the bases to port to, named like --bases"),
         "data": dict(FOLDER, type=data_folder, help="folder of tasks: DIR/<task>/{train,eval}.jsonl, or everyday: the "
                                                     "sixteen tasks that come with the code"),
@@ -134,8 +136,10 @@ FLAGS = {
         "modules": dict(metavar="A,B", help="adapted projections: 'all' or some of q,k,v,o,gate,up,down"),
         "rank": dict(NUMBER, help="rank of the generated adapters"),
         "align": dict(SWITCH, help="start P_in by regression on one of the run's bases, also loaded; needs fewer rows"),
-        "teacher": dict(metavar="BASE", help="fit to the answers of this base of the run, with its own adapters,"
-                                             " instead of to labels"),
+        "teacher": dict(metavar="BASE", help="fit to the answers of this base, with its adapters in the run or those of"
+                                             " --adapters, instead of to labels"),
+        "adapters": dict(FOLDER, help="the teacher's adapters: PEFT LoRAs, DIR/<task>/adapter_model.safetensors and"
+                                      " adapter_config.json"),
         "norm": dict(choices=["layer", "none"], help="LayerNorm in the trunk, or the write-up's trunk as printed")},
     "the optimiser": {
         "epochs": dict(NUMBER, help="passes over the largest task"),
