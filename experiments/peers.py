@@ -190,6 +190,7 @@ def main(argv=None):
                  base=dict(default="smollm2-135m", metavar="A", help="the real base on a CPU"),
                  gpu_base=dict(default="qwen2.5-coder-0.5b", metavar="A", help="the real base on a GPU"),
                  out=dict(type=pathlib.Path, default=ROOT / "results", metavar="DIR", help="where the table goes"))
+    args.dtype = args.dtype or (torch.float32 if args.device.startswith("cpu") else torch.bfloat16)
     threads, lines, path = torch.get_num_threads(), [], args.out / f"bench-{torch.device(args.device).type}.md"
     for label, measured in plan(args):
         print(f"{label} ...", flush=True)
