@@ -101,6 +101,7 @@ def parse_flags(argv):
     wrong += [f"--{name} does not go with --{form}" for name in refused if name in given]
     if wrong:
         raise BadInput(wrong[0])
+    args.dtype = args.dtype or (torch.float32 if args.device.startswith("cpu") else torch.bfloat16)
     return args
 
 

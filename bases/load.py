@@ -3,7 +3,7 @@
 A base has one identity, a Source. Every command names a base by it: its files in a run by `name`, its provenance by
 `id`, the commit of a hub id and the fingerprint of its files, with which it is loaded again.
 """
-import importlib.util, os, pathlib, re, sys
+import functools, importlib.util, os, pathlib, re, sys
 from typing import NamedTuple
 
 import huggingface_hub
@@ -194,6 +194,22 @@ def auto_class(config):
     return AutoModelForImageTextToText
 
 
+@functools.cache
+def cpu_dtype():
+    """The dtype of real bases on this CPU. Prints, once, that it has instructions for bfloat16 (AVX512-BF16 or AMX)."""
+    able = torch.cpu.get_capabilities()
+    if able.get("avx512_bf16") or able.get("amx_bf16"):
+        print("this CPU computes bfloat16: a round of training is faster with --dtype bfloat16")
+    return torch.float32
+
+
+def default_dtype(name, device):
+    """The dtype of a base unless --dtype is given; the toy's are too small to gain from half of it on a CPU."""
+    if torch.device(device).type != "cpu":
+        return torch.bfloat16
+    return torch.float32 if name in TOY else cpu_dtype()
+
+
 def four_bits(device, dtype):
     """from_pretrained's config of 4-bit NormalFloat, computing in `dtype`. BadInput without CUDA or bitsandbytes."""
     if torch.device(device).type != "cuda":
@@ -226,9 +242,11 @@ def reading(source, config, device, dtype, quantize, device_map):
 
 def load_base(spec, device="cpu", dtype=torch.float32, recompute=False, device_map=None, quantize=None):
     """Returns the Base that `spec` (or a Source) names, its weights from safetensors or GGUF only. Raises BadInput if
-    it cannot be loaded, or not completely. recompute: see Base.recompute_layers. device_map: accelerate's, instead of
-    all on `device`; "auto" distributes the layers over the GPUs. quantize: "4bit", or what the files themselves are."""
+    it cannot be loaded, or not completely. dtype None: see default_dtype. recompute: see Base.recompute_layers.
+    device_map: accelerate's, instead of all on `device`; "auto" distributes the layers over the GPUs. quantize: "4bit",
+    or what the files themselves are."""
     asked = spec if isinstance(spec, Source) else resolve(spec)
+    dtype = dtype or default_dtype(asked.name, device)
     source, folder = pinned(asked)
     config = pretrained(AutoConfig, source)
     check_purpose(source.name, config)

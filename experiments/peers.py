@@ -162,6 +162,7 @@ def main(argv=None):
                  bases=dict(default=["smollm2-135m"], help="--generate: the bases"),
                  max_tokens=dict(default=REAL["max_tokens"]),
                  out=dict(type=pathlib.Path, default=ROOT / "results", metavar="DIR", help="where the table goes"))
+    args.dtype = args.dtype or (torch.float32 if args.device.startswith("cpu") else torch.bfloat16)
     threads, lines, kind = torch.get_num_threads(), [], "generate" if args.generate else "bench"
     path = args.out / f"{kind}-{torch.device(args.device).type}.md"
     peers = [f"{p} {importlib.metadata.version(p)}" for p in ("transformers", "portallib", "peft", "lm_eval")

@@ -189,5 +189,5 @@ def parse(description, names, argv=None, defaults=({}, {}), **changes):
             parser.error("--device-map gives all GPUs to one process, torchrun one to each; it is one or the other")
         args.device = FLAGS["the machine"]["device"]["default"]
     if "dtype" in args:
-        args.dtype = getattr(torch, args.dtype or ("float32" if args.device.startswith("cpu") else "bfloat16"))
+        args.dtype = getattr(torch, args.dtype) if args.dtype else None              # see bases.load.default_dtype
     return args
