@@ -11,7 +11,6 @@ that mix the rows of all tasks leave their gradients on A and B; one backward pa
 import importlib, shutil
 
 import torch, transformers
-import torch.nn.functional as F
 
 from bases import TOY as TOY_BASES, TOY_SEEN, load_base, short_names
 from checkpoints import refuse_twin
@@ -24,7 +23,7 @@ from runtime.flags import parse, run_main, some_of
 from runtime.job import DryRun, Job
 from runtime.resume import digests_of
 from runtime.run_folder import OUT, lock, new_folder, occupied, save_portal, sibling
-from score import delta_ratio, evaluate, full_precision
+from score import delta_ratio, evaluate
 
 # REAL: the write-up's numbers (appendix A) but for whiten and lr, which is that of sums (Portal.rates). TOY, whiten and
 # lr: chosen on rows held out of train. An epoch is a pass over the largest task and has at least `least` rounds: on a
@@ -70,25 +69,22 @@ def task_gradients(base, adapters, items, max_tokens):
     applied there afterwards. Several processes (runtime/distributed.py) share the rows; each divides by the answer
     tokens of all, so that their losses and gradients add up."""
     leaf = adapters.map(lambda a: a.detach().requires_grad_())
-    tokens = torch.zeros(len(leaf.tensors()[0]))                                     # [T] answer tokens of each task
+    tokens = torch.zeros(len(leaf.tensors()[0]), dtype=torch.float64)                # [T] answer tokens of each task
     for item in items:
         assert item.weights or len(item.continuations) == 1, "training takes the gold continuation alone"
         tokens[item.task] += sum(w * len(own) for w, own in zip(item.weights or (1,), item.continuations))
-    soft = any(item.weights for item in items)
-    if soft and not base.packs:
+    if any(item.weights for item in items) and not base.packs:
         items = [one for item in items for one in item.rows()]
     tokens = to_device(tokens, base.device)
-    losses = torch.zeros_like(tokens)
+    losses = torch.zeros_like(tokens, dtype=torch.float32)
     for part in micro_batches(shard(items), max_tokens):
         batch = collate(part, base.device)
-        logits = full_precision(base.logits(batch, leaf))                            # [M, vocabulary]
         task = batch.task[batch.row]                                                 # [M]
-        nll = F.cross_entropy(logits[batch.source] if soft else logits, batch.target, reduction="none") / tokens[task]
-        if soft:
-            weights = [w for item in part for w in item.weights or (1,)]
-            nll = nll * to_device(torch.tensor(weights), base.device)[batch.owner]
-        nll.sum().backward()
-        losses.index_add_(0, task, nll.detach().float())
+        weights = [float(w) for item in part for w in item.weights or (1,)]
+        weight = to_device(torch.tensor(weights), base.device)[batch.owner] / tokens[task]  # [M]
+        loss, nll = base.nll(batch, leaf, weight)
+        loss.backward()
+        losses.index_add_(0, task, (weight * nll).float())
     gradients = [torch.zeros_like(a) if a.grad is None else a.grad for a in leaf.tensors()]  # None: an empty shard
     return all_sum(losses), [all_sum(g) for g in gradients]
 

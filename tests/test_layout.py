@@ -6,7 +6,7 @@ from runtime.files import ROOT
 
 FILES = [p for p in sorted([*ROOT.glob("*.py"), *ROOT.glob("[!.]*/*.py")]) if p.relative_to(ROOT).parts[0] != "tests"]
 NAMES = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in FILES}
-ORDER = ["portal", "kernels.lora", "sites", "masks", "tokens", "frozen", "checkpoints", "bases", "data", "benchmarks", "score", "learner", "train", "port",
+ORDER = ["portal", "kernels.lora", "kernels.cross_entropy", "sites", "masks", "heads", "tokens", "frozen", "checkpoints", "bases", "data", "benchmarks", "score", "learner", "train", "port",
          "baselines", "table", "eval", "merge", "export", "experiments"]  # lower floors first; a file imports from lower floors and its own folder
 
 

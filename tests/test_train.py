@@ -125,7 +125,7 @@ def test_a_round_never_waits_for_the_device(architecture):
     base = tiny_base(architecture)
     portal = make_portal(base)
     learner = portal_learner(portal, small_rows(), SETTINGS)
-    assert base.packs                                                                # asked once, before the first round
+    assert base.packs and base.head                                                  # asked once, before the first round
     with NeverWaits():
         one_round([base], portal.adapters, [learner], {"tiny": some_items()}, 40, EMA())
 
@@ -187,7 +187,7 @@ def test_recomputed_layers_give_the_same_gradients():
     found = []
     for recompute in (False, True):
         base, calls = tiny_base("gemma3"), []
-        assert base.packs
+        assert base.packs and base.head
         base.blocks[0].mlp.register_forward_hook(lambda *_: calls.append(1))
         if recompute:
             base.recompute_layers()
