@@ -16,17 +16,16 @@ SHAPES = {"odd": (7, 301, 9, 12), "one position": (1, 130, 5, 1), "one position,
 
 def case(N=7, V=301, d=9, M=12, dtype=torch.float64, device="cpu", bias=True):
     """Random h, W, bias, source, target, weight: positions with several targets, the same one twice among them, and
-    with none; a weight of zero."""
+    with none; a weight of zero; the largest logits mostly at the end, where they change a maximum so far."""
     torch.manual_seed(N + V)
     def draw(*shape):
         return torch.randn(shape, dtype=torch.float64).to(device, dtype)
     source, target, weight = torch.randint(0, N, (M,)), torch.randint(0, V, (M,)), torch.rand(M, dtype=torch.float64)
     source[-1], target[-1], weight[0] = source[0], target[0], 0.0 if M > 1 else 0.7
-    return draw(N, d), draw(V, d), draw(V) if bias else None, *(a.to(device) for a in (source, target, weight))
+    return draw(N, d), draw(V, d), 2 * draw(V).sort()[0] if bias else None, *(a.to(device) for a in (source, target, weight))
 
 
-def run(f, inputs, **head):
-    """loss, nll, dh of f, behind a factor of 1.5."""
+def run(f, inputs, **head):                                                          # loss, nll, dh of 1.5 loss
     h = inputs[0].detach().clone().requires_grad_()
     loss, nll = f(h, *inputs[1:], **head)
     return [loss.detach(), nll, *torch.autograd.grad(1.5 * loss, h)]
@@ -36,8 +35,7 @@ def in_float64(inputs):
     return [a.double() if a is not None and a.is_floating_point() else a for a in inputs]
 
 
-def errors(got, want):
-    """Relative norm errors of loss, nll, dh."""
+def errors(got, want):                                                               # relative, of norms
     return [float((g.double() - w).norm() / w.norm()) for g, w in zip(got, want, strict=True)]
 
 
@@ -50,8 +48,7 @@ def plain(h, W, bias, source, target, weight, scale=1.0, cap=None):
 
 
 @pytest.fixture
-def interpreted(monkeypatch):
-    """Send CPU tensors to the Triton kernel, which runs in the interpreter (TRITON_INTERPRET=1, conftest.py)."""
+def interpreted(monkeypatch):                                                        # see test_lora.py
     if os.environ["TRITON_INTERPRET"] != "1":
         pytest.skip("the kernel is compiled for the GPU; TRITON_INTERPRET=1 runs it here")
     monkeypatch.setattr(ce, "fused", lambda x: True)
@@ -64,18 +61,12 @@ def small_blocks(monkeypatch, rows, cached, V):
 
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_twins_equal_a_loop_over_targets_with_the_gradient(shape, head):
-    inputs = case(*shape)
-    want = run(plain, inputs, **head)
-    assert max(errors(run(ce.linear_nll, inputs, **head), want)) < 1e-13
-    assert max(errors(run(ce.naive, inputs, **head), want)) < 1e-13
-
-
-@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_the_kernel_equals_a_loop_over_targets_with_the_gradient(interpreted, shape, head):
-    inputs = case(*shape, dtype=torch.float32)
-    assert max(errors(run(ce.linear_nll, inputs, **head), run(plain, in_float64(inputs), **head))) < 5e-6
+def test_twins_and_kernel_equal_a_loop_over_targets_with_the_gradient(request, shape, head):
+    inputs, narrow = case(*shape), case(*shape, dtype=torch.float32)
+    for f in (ce.linear_nll, ce.naive):
+        assert max(errors(run(f, inputs, **head), run(plain, inputs, **head))) < 1e-13
+    request.getfixturevalue("interpreted")
+    assert max(errors(run(ce.linear_nll, narrow, **head), run(plain, in_float64(narrow), **head))) < 5e-6
 
 
 @pytest.mark.parametrize("rows, cached", [(1, 1), (2, 1), (3, 2), (6, 4), (7, 3), (100, 100)])
@@ -124,15 +115,15 @@ def test_bfloat16_is_as_exact_as_all_logits_in_bfloat16(triton_too, request):
 
 @pytest.mark.parametrize("triton_too", [False, True])
 def test_a_sure_model_has_an_exact_loss(triton_too, request):
-    """p is 1 - 2e-9: its NLL is 0 in float32 and not the rounding of a logit of 1,000; far-off logits do no harm."""
+    """An NLL of e^-10 beside a logit of 1,000, whose float32 neighbours are 6e-5 apart; far-off logits do no harm."""
     if triton_too:
         request.getfixturevalue("interpreted")
-    W = torch.tensor([[1000.0], [980.0], [-1e30], [-torch.inf]])
+    W = torch.tensor([[1000.0], [990.0], [-1e30], [-torch.inf]])
     for f in (ce.linear_nll, ce.naive):
         loss, nll, dh = run(f, (torch.ones(1, 1), W[:3], None, *torch.tensor([[0, 0], [0, 1]]), torch.tensor([1.0, 0.0])))
-        assert nll[0] < 1e-8 and nll[1] == pytest.approx(20) and torch.isfinite(dh).all()
+        assert nll.tolist() == pytest.approx([4.54e-5, 10], rel=1e-2) and torch.isfinite(dh).all()
     loss, nll = ce.linear_nll(torch.ones(1, 1), W, None, *torch.tensor([[0], [0]]), torch.ones(1))
-    assert nll < 1e-8
+    assert nll == pytest.approx(4.54e-5, rel=1e-2)
 
 
 def test_no_work_for_a_gradient_nobody_needs(monkeypatch):
@@ -152,11 +143,9 @@ def test_inputs_keep_their_values_may_have_strides_and_must_fit():
     strided, before = torch.cat([h, h], 1)[:, :9], [a.clone() for a in inputs]
     got = run(ce.linear_nll, (strided, *inputs[1:]))
     assert max(errors(got, run(plain, inputs))) < 1e-13 and all(torch.equal(a, b) for a, b in zip(before, inputs))
-    for wrong in ((h[None], W, bias, source, target, weight), (h, W[:, 1:], bias, source, target, weight),
-                  (h, W, bias[1:], source, target, weight), (h, W, bias, source[1:], target, weight),
-                  (h, W, bias, source, target, weight[1:]), (h, W, bias, source[None], target[None], weight[None])):
+    for k in range(6):
         with pytest.raises(ValueError, match="do not fit"):
-            ce.linear_nll(*wrong)
+            ce.linear_nll(*inputs[:k], inputs[k][..., 1:] if k else h[None], *inputs[k + 1:])
 
 
 COMPILE = """
@@ -164,14 +153,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from kernels import cross_entropy as ce
-for logits, need, capped in (("*bf16", True, True), ("*bf16", False, False), ("*fp32", True, False)):
-    constants = dict(NEED=need, CAPPED=capped, BV=4096)
+for logits, need in (("*bf16", True), ("*bf16", False), ("*fp32", True)):
+    constants = dict(NEED=need, CAPPED=need, BV=4096)
     kinds = dict(logits=logits, first="*i64", target="*i64", V="i32", scale="fp32", cap="fp32")
     signature = {k: "constexpr" if k in constants else kinds.get(k, "*fp32") for k in ce.softmax_gradient_kernel.arg_names}
     binary = triton.compile(ASTSource(fn=ce.softmax_gradient_kernel, signature=signature, constexprs=constants),
                             target=GPUTarget("cuda", 90, 32), options=dict(num_warps=8))
     assert binary.asm["cubin"] and "atom" not in binary.asm["ptx"]
-    print("compiled", logits, need, capped)
+    print("compiled", logits, need)
 """
 
 
