@@ -72,10 +72,11 @@ def main():
     folder = sys.argv[1]
     if len(sys.argv) > 2:
         return step(*sys.argv[1:])
+    about = " ".join(__doc__[__doc__.index("A step is"):].split())
     lines = [f"# The head and the NLL in a round: {platform.machine()} CPU", "",
              f"`python kernels/bench_cross_entropy.py {pathlib.Path(folder).name}`, {today()}, torch "
-             f"{torch.__version__}, {torch.get_num_threads()} threads. {' '.join(__doc__.split('A step is ')[1].split())}"
-             .replace("train.", "A step is train.", 1), "", HEADER, "|" + "---|" * (HEADER.count("|") - 1)]
+             f"{torch.__version__}, {torch.get_num_threads()} threads. {about}", "", HEADER,
+             "|" + "---|" * (HEADER.count("|") - 1)]
     print(*lines, sep="\n")
     path = ROOT / "results" / "cross-entropy-cpu.md"
     for dtype, kind, layers in itertools.product(("bfloat16", "float32"), SHAPES, ("kept", "recomputed")):
