@@ -35,8 +35,7 @@ def score(base, adapters, items, max_tokens):
         found, parts = {}, micro_batches(items, max_tokens)
         for part in tqdm(parts, desc=f"scoring on {base.name}", unit="batch", delay=2, leave=False, disable=NO_BAR):
             batch = collate(part, base.device)
-            logits = full_precision(base.logits(batch, adapters))                    # [N, vocabulary]
-            log_p = logits[batch.source, batch.target] - logits.logsumexp(-1)[batch.source]  # [M]
+            log_p = -base.nll(batch, adapters)[1]                                    # [M]
             sums = torch.zeros(sum(len(item.continuations) for item in part), dtype=torch.float64, device=base.device)
             sums = iter(sums.index_add_(0, batch.owner, log_p.double()).tolist())
             found.update({id(item): [next(sums) for _ in item.continuations] for item in part})
