@@ -70,6 +70,20 @@ def delta_ratio(base, adapters, items):
     return sum(found) / len(found)
 
 
+@torch.no_grad()
+def task_spread(adapters):
+    """Returns (shared, rank): the share of the energy of B that all T tasks have in common, |mean_t B_t|^2 / mean_t
+    |B_t|^2, and the effective rank of what tells them apart, at most T - 1: exp of the entropy of its squared singular
+    values' shares. Of the first group of Adapters; (1, 0) where nothing tells them apart."""
+    B = next(iter(adapters.B.values())).flatten(1).double()                          # [T, L d_out r]
+    apart = B - B.mean(0)
+    energies = torch.linalg.eigvalsh(apart @ apart.T).clamp(min=0)                   # [T]
+    if not energies.sum() > 0:
+        return 1.0, 0.0
+    shares = energies / energies.sum()
+    return float(1 - energies.sum() / B.square().sum()), float(torch.special.entr(shares).sum().exp())
+
+
 def full_precision(logits):
     """Returns half-precision logits as float32, for a softmax over a vocabulary; float32 and float64 as they are."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

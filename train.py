@@ -22,7 +22,7 @@ from runtime.job import DryRun, Job
 from runtime.resume import digests_of
 from runtime.run_folder import OUT, lock_for_training, sibling
 from runtime.saved import save_run
-from score import delta_ratio, evaluate, macro
+from score import delta_ratio, evaluate, macro, task_spread
 from starts.teacher import answers, of_peft, taught
 from tasks.new_task import new_task
 from tasks.rows import load_tasks, print_fewer, sample
@@ -150,7 +150,7 @@ def fit(job, bases, generate, learners, rows, step=one_round):
             with torch.no_grad():
                 adapters = {base.name: generate(base.name) for base in bases}
             scores = held_out_scores(bases, adapters, source, job.max_tokens)
-            job.record_scores(scores, delta_ratios(bases, adapters, source))
+            job.record_scores(scores, delta_ratios(bases, adapters, source), [*map(task_spread, adapters.values())])
             for learner in learners:
                 learner.keep_best(epoch, scores)
         job.compare(lambda: held_out_scores(bases, {}, source, job.max_tokens))
