@@ -15,11 +15,11 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from bases.files import (BITS, DEQUANTISED, check_complete, check_purpose, check_values, dequantised, fingerprint,
-                         quantisation, refuse_adapter, right_tokenizer, weight_files)
+                         fingerprint_at, quantisation, refuse_adapter, refuse_unreadable, right_tokenizer, weight_files)
 from bases.frozen import Base
 from bases.tokens import prepare
 from runtime.distributed import RANK
-from runtime.files import ROOT, BadInput, first_line
+from runtime.files import PLAIN, ROOT, BadInput, as_nfc, first_line, plain, unreadable
 
 HUB = {
     "qwen3-0.6b": "Qwen/Qwen3-0.6B", "qwen3-1.7b": "Qwen/Qwen3-1.7B", "qwen3-4b": "Qwen/Qwen3-4B",
@@ -35,6 +35,7 @@ HUB = {
 }
 TOY_SEEN, TOY_UNSEEN = ("toy-qwen-s", "toy-qwen-m"), ("toy-qwen-l", "toy-gemma")     # of commands without --bases, --to
 TOY = {name: ROOT / "toy" / name for name in (*TOY_SEEN, *TOY_UNSEEN, "toy-hybrid")}
+MOVED = {}                                                                           # {recorded id: Source}: find_base
 set_verbosity_error()                             # what it would report of a load is an error here: check_complete
 if RANK or not sys.stderr.isatty():
     disable_progress_bar()
@@ -65,8 +66,8 @@ def source_of(spec):
     path = path.absolute()
     path = path.resolve() if path.name == ".." else path
     if path.suffix == ".gguf":
-        return Source(path.stem.lower(), str(path.parent), None, path.name, str(path))
-    return Source(path.name.lower(), str(path), None, None, spec if spec in TOY else str(path))
+        return Source(as_nfc(path.stem.lower()), str(path.parent), None, path.name, str(path))
+    return Source(as_nfc(path.name.lower()), str(path), None, None, spec if spec in TOY else str(path))
 
 
 def short_name(spec):
@@ -84,6 +85,9 @@ def resolve(spec):
             raise BadInput(f"base {spec!r}: a folder {path} is here, which has the name of its hub id; rename it, or "
                            f"name it as ./{path}")
         return source
+    if path.is_symlink() and not path.exists():
+        raise BadInput(f"base {spec!r} is {unreadable(path)}")
+    refuse_unreadable(source.name, pathlib.Path(source.where), source.gguf)
     if path.is_dir() and not (path / "config.json").is_file():
         adapter = (path / "adapter_config.json").is_file()
         raise BadInput(f"base {spec!r} is a folder but not a model: it has no config.json"
@@ -92,6 +96,8 @@ def resolve(spec):
         raise BadInput(f"base {path} is one part of a split file; llama-gguf-split --merge makes one file of all parts")
     if "@" in source.name:                                                           # it comes before n in file names
         raise BadInput(f"base {path.name!r}: the name of a folder or .gguf file may have no @; rename it")
+    if not plain(source.name):
+        raise BadInput(f"base {spec!r}: its name names files in a run; rename it: accepted is {PLAIN}")
     if not (path.is_file() if source.gguf else path.is_dir()):
         why = "there is no such .gguf file; " * bool(source.gguf) + "a file; name its folder; " * path.is_file()
         raise BadInput(f"unknown base {spec!r}: {why}accepted are {', '.join([*TOY, *HUB])}, a hub id "
@@ -120,7 +126,8 @@ def same(source, other):
 
 def find_base(held, spec, run):
     """Returns the tag of the base of a run that `spec` names: the tag itself, a short name, or whatever leads to the
-    base recorded: its alias, hub id (with the revision asked for at the time, or the commit), folder or .gguf file.
+    base recorded: its alias, hub id (with the revision asked for at the time, or the commit), folder or .gguf file, or
+    any path with the fingerprint recorded, from which the base is then loaded (MOVED).
     held {tag: provenance}. Raises BadInput, also for a base of the same short name from somewhere else."""
     source = source_of(spec)
     if os.sep not in spec and source.name in held:
@@ -128,9 +135,16 @@ def find_base(held, spec, run):
     for tag, p in held.items():
         if same(source, source_of(p["id"])) and source.revision in (None, p["revision"], p.get("requested") or "main"):
             return tag
+    its = not source.on_hub and os.path.exists(source.where) and fingerprint_at(*resolve(spec)[1:4:2])
+    for tag, p in held.items():
+        if its and p.get("fingerprint") == its:
+            MOVED[p["id"]] = source
+            return tag
     if p := held.get(source.name):
-        its = "@".join(filter(None, (p["id"], p["revision"])))
-        raise BadInput(f"base {spec!r} is not the base {source.name} of {run}, which is {its}")
+        was = "@".join(filter(None, (p["id"], p["revision"])))
+        other = [part for part, digest in (p.get("fingerprint") or {}).items() if its and its.get(part) != digest]
+        raise BadInput(f"base {spec!r} is not the base {source.name} of {run}, which is {was}"
+                       + f": its {' and '.join(other)} differ" * bool(other))
     raise BadInput(f"base {spec!r} is not in {run}; it holds {', '.join(held) or 'none'}; "
                    "python port.py --to NAME adds one")
 
@@ -258,8 +272,12 @@ def load_base(spec, device="cpu", dtype=torch.float32, recompute=False, device_m
 
 
 def recorded(p):
-    """Returns the Source of a base with provenance p: its id, at the commit and under the name recorded."""
-    source = resolve(p["id"])
+    """Returns the Source of a base with provenance p: its id, at the commit and under the name recorded. Raises
+    BadInput."""
+    if os.path.isabs(p["id"]) and p["id"] not in MOVED and not os.path.lexists(p["id"]):
+        raise BadInput(f"base {p['base']} was {p['id']}, where nothing is now; name the path where it is (--bases; "
+                       "export.py: --to), or put a link to it there")
+    source = MOVED.get(p["id"]) or resolve(p["id"])
     if not source.on_hub and p["id"] not in TOY and not os.path.isabs(p["id"]):
         raise BadInput(f"base {p['id']}, a hub id, has the name of a folder here; rename the folder")
     return source._replace(name=p["base"], revision=p["revision"] if source.on_hub else None)

@@ -9,7 +9,7 @@ NAMES = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__in
 TOP = ["data", "eval", "export", "port", "portal", "presets", "score", "train"]         # what is new goes into a room
 ROOMS = {"baselines", "bases", "docs", "experiments", "exports", "kernels", "reports", "results", "runtime", "starts", "tasks", "tests", "toy"}
 LINES = 9999                                                                          # of the product: growth shows here
-ORDER = ["portal", "kernels.lora", "bases", "tasks.rows", "tasks.benchmarks", "tasks.check", "data", "presets", "score", "exports.portallib", "tasks.new_task",
+ORDER = ["portal", "kernels.lora", "bases", "tasks.rows", "tasks.benchmarks", "tasks.check", "data", "presets", "score", "exports.portallib", "exports.hub", "tasks.new_task",
          "train", "starts", "port", "baselines", "reports", "eval", "exports", "export", "experiments"]  # lower floors first; a file imports from
 #                                                                                       lower floors and its own folder
 
