@@ -2,7 +2,7 @@
 
 The hub's cache is only read: a run, or a portallib artifact, is first read into out/<name>, where converters are added.
 """
-import json, pathlib, re, shutil, tempfile
+import contextlib, json, pathlib, re, shutil, tempfile
 
 import huggingface_hub
 
@@ -25,9 +25,12 @@ def fetch(spec):
     hub = HUB_ID.fullmatch(str(spec))
     if spec.exists() or spec.parent.exists() or not hub:
         return spec
+    options = dict(revision=hub[3], allow_patterns=FILES)
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(hub[1], revision=hub[3], allow_patterns=FILES))
+        return pathlib.Path(huggingface_hub.snapshot_download(hub[1], **options))
     except Exception as error:                                                       # of the network or the hub
+        with contextlib.suppress(Exception):
+            return pathlib.Path(huggingface_hub.snapshot_download(hub[1], local_files_only=True, **options))
         raise BadInput(f"{spec} is no folder, and could not be loaded from the hub: {first_line(error)}")
 
 
@@ -111,8 +114,8 @@ def run_card(run, repo):
     of_hub = f"base_model: {json.dumps(sorted(set(hub_ids.values())))}\n" * bool(hub_ids)
     return (f"---\n{of_hub}tags:\n- lora\n- portal\n---\n\n# {repo.split('/')[1]}\n\nA run of PorTAL: latents of the "
             f"tasks {', '.join(cfg.tasks)} and a core, which belong to no base, and a converter for each of the bases "
-            f"below. Together they generate a LoRA of rank {cfg.rank} for {', '.join(cfg.modules)}. The rows that it "
-            "was trained on are not part of it.\n\n| base | hub id | revision | the core was trained on it | training rows "
-            f"a task (n) | fitted |\n|---|---|---|---|---|---|\n{rows}\n\nWith PorTAL's code:\n\n```bash\n"
+            f"below. Together they generate a LoRA of rank {cfg.rank} for {', '.join(cfg.modules)}. The rows that "
+            "it was trained on are not part of it.\n\n| base | hub id | revision | the core was trained on it | training "
+            f"rows a task (n) | fitted |\n|---|---|---|---|---|---|\n{rows}\n\nWith PorTAL's code:\n\n```bash\n"
             f"python port.py --run {repo} --data DIR --to NEW_BASE     # DIR/<task>/train.jsonl, eval.jsonl\n"
             f"python export.py --run {repo} --to {next(iter(held), 'BASE')} --task all --out adapters\n```\n")

@@ -149,13 +149,13 @@ def each_line(path, use, what):
         try:
             use(json.loads(line, parse_constant=no_number))
         except (ValueError, KeyError, TypeError) as error:
-            raise BadInput(f"{path}:{number}: not {what} ({first_line(error)})")
+            raise BadInput(f"{path}:{number}: not {what} ({unreadable(path) or first_line(error)})")
 
 
 def read_jsonl(path):
     """Returns the values of a JSON lines file, [] if there is no such file. Raises BadInput: see each_line."""
     values = []
-    if path.exists():
+    if os.path.lexists(path):
         each_line(path, values.append, "JSON")
     return values
 
