@@ -24,11 +24,12 @@ from reports.results import read_results
 from reports.table import cell
 from runtime.files import BadInput, read_json, writing
 from runtime.flags import parse, run_main
-from runtime.run_folder import files_in, find_run, finish, new_folder, occupied, remove_leftovers
+from runtime.run_folder import files_in, find_run, new_folder, occupied, remove_leftovers
 from runtime.saved import load_config, load_portal, provenances
 from tasks.rows import named
 
-LIST = "<!-- written by the export: {} -->"  # in every model card: the files that --overwrite replaces
+MARK = "Exported by PorTAL"
+LIST = f"<!-- {MARK}: {{}} -->"  # in every model card: the files that --overwrite replaces
 CARDS = {  # {library: (what the folder holds, the imports that load it, the call)}
     "peft": ("A LoRA in PEFT's format.", "from peft import PeftModel\nfrom transformers import {auto}",
              'model = PeftModel.from_pretrained({base}, "this folder")'),
@@ -62,7 +63,7 @@ def card(run, p, method, tasks, library, auto, dtype):
                  dtype=str(dtype).removeprefix("torch."))
     what, imports, use = (text.format(**names) for text in CARDS[library])
     return (f"---\nbase_model: {json.dumps(origin(p))}\nlibrary_name: {library}\ntags:\n- lora\n- portal\n---\n\n"
-            f"# {', '.join(tasks)} on {p['base']}\n\n{what} Exported by PorTAL.\n\n"
+            f"# {', '.join(tasks)} on {p['base']}\n\n{what} {MARK}.\n\n"
             f"| | |\n|---|---|\n{table}\n\n```python\n{imports}\n\n{use}\n```\n")
 
 
@@ -78,7 +79,6 @@ def exported(path):
 def check_free(path, overwrite, source):
     """Raises BadInput unless `path` is new or empty, or holds an earlier export that `overwrite` replaces, and is apart
     from the base, which `source` names. Removes what a killed export left."""
-    finish(path.resolve())
     remove_leftovers(path.resolve())
     if occupied(path) and not exported(path):
         raise BadInput(f"{path} is neither empty nor a folder that an export wrote, with a list of its files in its "

@@ -271,13 +271,17 @@ def load_base(spec, device="cpu", dtype=torch.float32, recompute=False, device_m
     return base
 
 
+def located(id):
+    """Returns the Source of a base with this id in its provenance, where it is now: see find_base. Raises BadInput."""
+    if os.path.isabs(id) and id not in MOVED and not os.path.lexists(id):
+        raise BadInput(f"there is no base at {id} any more; name the path where it is (--bases; export.py: --to), or "
+                       "put a link to it there")
+    return MOVED.get(id) or resolve(id)
+
+
 def recorded(p):
-    """Returns the Source of a base with provenance p: its id, at the commit and under the name recorded. Raises
-    BadInput."""
-    if os.path.isabs(p["id"]) and p["id"] not in MOVED and not os.path.lexists(p["id"]):
-        raise BadInput(f"base {p['base']} was {p['id']}, where nothing is now; name the path where it is (--bases; "
-                       "export.py: --to), or put a link to it there")
-    source = MOVED.get(p["id"]) or resolve(p["id"])
+    """Returns the Source of a base with provenance p: its id, at the commit and under the name recorded."""
+    source = located(p["id"])
     if not source.on_hub and p["id"] not in TOY and not os.path.isabs(p["id"]):
         raise BadInput(f"base {p['id']}, a hub id, has the name of a folder here; rename the folder")
     return source._replace(name=p["base"], revision=p["revision"] if source.on_hub else None)

@@ -3,7 +3,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from bases import recorded
+from bases import located
 from runtime.files import BadInput, write_json
 from runtime.saved import save_tensors
 
@@ -12,7 +12,7 @@ EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}  # PEF
 
 def origin(p):
     """Returns the base's hub id, its folder or its .gguf file."""
-    source = recorded(p)
+    source = located(p["id"])
     return f"{source.where}/{source.gguf}" if source.gguf else source.where
 
 

@@ -65,7 +65,6 @@ def lock(run):
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):       # a file system without locks
                 raise
         file.write_text(str(os.getpid()))
-    finish(run)
     remove_leftovers(path)
     try_writing(run)
 
@@ -85,8 +84,9 @@ def try_writing(run):
 
 
 def remove_leftovers(path):
-    """Removes what a killed command left in a folder and beside it, and nothing else: see leftovers. `path`: resolved,
-    locked if it is a run."""
+    """Completes or removes what a killed command left in a folder and beside it, and touches nothing else: see
+    leftovers. `path`: resolved, locked if it is a run."""
+    finish(path)
     name = re.escape(path.name)
     for left in leftovers(path.parent, rf"\.{name}\.new(\d+)") + leftovers(path, r"\.new(\d+)"):
         shutil.rmtree(left, ignore_errors=True)

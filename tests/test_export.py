@@ -246,7 +246,7 @@ def test_a_folder_beside_a_gguf_file_is_free_and_the_file_is_not(tmp_path, monke
     (tmp_path / "models").mkdir()
     source = source_of(str(tmp_path / "models" / "x.gguf"))
     export.check_free(tmp_path / "models" / "out", False, source)
-    (tmp_path / "README.md").write_bytes(b"\xff " + export.MARK.encode())           # no text in full
+    (tmp_path / "README.md").write_bytes(b"\xff " + export.LIST.format('["README.md"]').encode())  # no text in full
     for path in (tmp_path, tmp_path / "models" / "x.gguf", tmp_path / "models" / "x.gguf" / "new"):
         with pytest.raises(BadInput, match="is, holds or lies in the base, .*/models/x.gguf"):
             export.check_free(path, True, source)

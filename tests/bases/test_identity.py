@@ -313,7 +313,7 @@ def test_a_base_that_moved_is_the_one_with_its_fingerprint(trained, world, capsy
         capsys.readouterr()
         assert command(module, "--run", "far/run", *argv) == 2
         one_line(capsys, words)
-    fails(evaluation, [f"base base-a was {world / 'base-a'}, where nothing is now", "--bases"], "--methods", "base")
+    fails(evaluation, [f"there is no base at {world / 'base-a'} any more", "--bases"], "--methods", "base")
     fails(evaluation, ["base './base-c' is not in far/run"], "--bases", "./base-c")
     assert command(evaluation, "--run", "far/run", "--bases", "far/renamed,base-b", "--methods", "base,lora,portal") == 0
     assert (world / "far" / "run" / "baselines" / "lora" / "base-a.json").read_bytes() == lora
