@@ -11,7 +11,7 @@ import torch
 
 from bases import Item, encode
 from runtime.files import BadInput
-from runtime.flags import parse, run_main
+from runtime.flags import data_folder, parse, run_main
 from tasks.benchmarks import BENCHMARKS, build
 from tasks.check import check
 
@@ -139,7 +139,7 @@ class Rounds:
 def main(argv=None):
     args = parse(__doc__, "out check bases tasks", argv,
                  out=dict(default=pathlib.Path("data"), help="build the benchmarks in this folder"),
-                 check=dict(type=pathlib.Path, metavar="DIR", help="check this folder (exit code 2: problems)"),
+                 check=dict(type=data_folder, metavar="DIR", help="check this folder (exit code 2: problems)"),
                  bases=dict(help="--check: the bases whose tokens are counted"))
     if args.check:
         return check(args.check, args.tasks, args.bases or ())

@@ -203,3 +203,36 @@ class Portal:
         for module in (self.core, *self.converters.values()):
             module.to(device)
         return self
+
+
+def tour():
+    """Prints the method's shapes and what steps change, on two made-up bases of which nothing but shapes exists."""
+    torch.manual_seed(0)
+    cfg = Config(tasks=["dates", "prices", "tone"], d_z=64, hidden=128, d_c=48)
+    old, new = ({m: Group(m, tuple(range(layers)), d, d) for m in cfg.modules} for layers, d in ((4, 96), (6, 160)))
+    portal = Portal(cfg)
+    portal.converters["old"] = converter = Converter(cfg, old)
+    A_hat, B_hat = portal.core(portal.z, converter.e)
+    A, B, _ = portal.adapters("old")
+    for what, *tensors in (("z [T, d_z], e [L, d_e]", portal.z, converter.e),
+                           ("A_hat [T, L, r, d_c], B_hat [T, L, d_c, r] of q", A_hat["q"], B_hat["q"]),
+                           ("P_in [d_c, d_in], P_out [d_out, d_c] of q", converter.P_in["q"], converter.P_out["q"]),
+                           ("A = A_hat P_in, B = P_out B_hat of q", A["q"], B["q"])):
+        print(f"{what:50}", *([*t.shape] for t in tensors))
+    def train(base, steps):                                                          # towards any B A, here of ones
+        optimizer = torch.optim.AdamW(portal.rates(0.3))
+        for step in range(steps + 1):
+            A, B, _ = portal.adapters(base)
+            delta = B["q"] @ A["q"]                                                  # [T, L, d_out, d_in]
+            print(f"    {base}, step {step}: |B A| = {delta.detach().norm():.3f}")
+            optimizer.zero_grad(), (delta - 1).square().mean().backward(), optimizer.step()
+    print("source training changes z, core and the old base's converter; B A starts at zero, the identity:")
+    train("old", 2)
+    print("a port changes the new base's converter alone; it starts at the identity, too:")
+    portal.z.requires_grad_(False), portal.core.requires_grad_(False)
+    portal.converters = {"new": Converter(cfg, new, like=converter, port=True)}
+    train("new", 2)
+
+
+if __name__ == "__main__":
+    tour()

@@ -112,23 +112,27 @@ def harness_choice(item, log_p):
 def evaluate(base, adapters, items, max_tokens):
     """Returns {task index: {"acc_norm", "log_loss", "rows", "correct": [bool for each row], "acc_norm_harness"}} of
     the tasks in `items`. A task of completions has its exact match as "acc_norm", and "metric": "exact_match" in place
-    of the last. Raises BadInput: see score."""
+    of the last. Where rows have wordings that training rows lack, "held_out" is their {"acc_norm", "rows"}. Raises
+    BadInput: see score."""
     cells, scored = {}, score(base, adapters, items, max_tokens)
     texts = iter(decode(base, adapters, [item for item in items if item.row.open], max_tokens))
     for item, log_p in zip(items, scored):
         gold, scores = item.row.gold, per_character(item, log_p)
-        cell = cells.setdefault(item.task, {"correct": [], "nll": 0.0, "tokens": 0, "harness": []})
+        cell = cells.setdefault(item.task, {"correct": [], "nll": 0.0, "tokens": 0, "harness": [], "new": []})
         if item.row.open:
             cell["correct"].append(as_read(next(texts)) in map(as_read, golds(base.tokenizer, item)))
         else:
             cell["correct"].append(scores[gold] > max(s for k, s in enumerate(scores) if k != gold))
             cell["harness"].append(harness_choice(item, log_p) == gold)
+        cell["new"] += cell["correct"][-1:] * item.row.held_out
         cell["nll"] -= log_p[gold]
         cell["tokens"] += len(item.continuations[gold])
     return {task: {"acc_norm": sum(c["correct"]) / len(c["correct"]), "log_loss": c["nll"] / c["tokens"],
                    "rows": len(c["correct"]), "correct": c["correct"],
                    **({"acc_norm_harness": sum(c["harness"]) / len(c["harness"])} if c["harness"] else
-                      {"metric": "exact_match"})}
+                      {"metric": "exact_match"}),
+                   **({"held_out": {"acc_norm": sum(c["new"]) / len(c["new"]), "rows": len(c["new"])}}
+                      if c["new"] else {})}
             for task, c in cells.items()}
 
 

@@ -116,6 +116,7 @@ def run_card(run, repo):
             f"tasks {', '.join(cfg.tasks)} and a core, which belong to no base, and a converter for each of the bases "
             f"below. Together they generate a LoRA of rank {cfg.rank} for {', '.join(cfg.modules)}. The rows that "
             "it was trained on are not part of it.\n\n| base | hub id | revision | the core was trained on it | "
-            f"training rows a task (n) | fitted |\n|---|---|---|---|---|---|\n{rows}\n\nWith PorTAL's code:\n\n```bash\n"
+            f"training rows a task (n) | fitted |\n|---|---|---|---|---|---|\n{rows}\n\n"
+            "With PorTAL's code:\n\n```bash\n"
             f"python port.py --run {repo} --data DIR --to NEW_BASE     # DIR/<task>/train.jsonl, eval.jsonl\n"
             f"python export.py --run {repo} --to {next(iter(held), 'BASE')} --task all --out adapters\n```\n")

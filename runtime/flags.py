@@ -7,7 +7,7 @@ import argparse, os, pathlib, re, sys
 import torch
 
 from runtime import distributed
-from runtime.files import BadInput, first_line, out_of_memory
+from runtime.files import ROOT, BadInput, first_line, out_of_memory
 from runtime.run_folder import LOCKS
 
 
@@ -119,6 +119,11 @@ def hub_id(text):
     return text if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) else refuse(text, "org/name, a repository on the hub, is")
 
 
+def data_folder(text):
+    """The folder that --data names; `everyday` is that of the tasks which come with the code (./everyday is not)."""
+    return ROOT / "tasks" / "everyday" if text == "everyday" else pathlib.Path(text)
+
+
 # {group of the help: {flag: argparse's keywords}}; a flag means the same in every command. A default of None: the
 # preset's value (train.py) or what the run was trained with.
 FOLDER = dict(type=pathlib.Path, metavar="DIR")
@@ -129,7 +134,8 @@ FLAGS = {
     "what to work on": {
         "bases": dict(NAMES, help="aliases, hub ids (org/name@revision), local folders or .gguf files"),
         "to": dict(NAMES, help="the bases to port to, named like --bases"),
-        "data": dict(FOLDER, help="folder of tasks: DIR/<task>/{train,eval}.jsonl"),
+        "data": dict(FOLDER, type=data_folder, help="folder of tasks: DIR/<task>/{train,eval}.jsonl, or everyday: the "
+                                                    "sixteen tasks that come with the code"),
         "tasks": dict(NAMES, help="some of the tasks (default: all); --task is the same"),
         "task": dict(metavar="TASK", help="the task, or 'all'"),
         "add-task": dict(FOLDER, help="learn one more task, DIR/{train,eval}.jsonl, with core and converters frozen, "

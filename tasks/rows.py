@@ -21,7 +21,8 @@ class Row(NamedTuple):
     prompt: str
     choices: list
     gold: int = 0
-    weights = None  # no field: see SoftRow
+    weights = None    # no field: see SoftRow
+    held_out = False  # no field: see NewWording
 
     @property
     def open(self):
@@ -32,6 +33,11 @@ class Row(NamedTuple):
         return "a completion" if self.open else "choices"
 
 
+class NewWording(Row):
+    """An evaluation row that says "held_out": true, because the training rows have no such wording."""
+    held_out = True
+
+
 class SoftRow(NamedTuple):
     """A row that nobody has labelled: weights are a teacher's probabilities of the choices, gold its choice."""
     task: str
@@ -39,7 +45,7 @@ class SoftRow(NamedTuple):
     choices: list
     gold: int
     weights: tuple
-    open = False
+    open = held_out = False
 
 
 INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u061c\u200b\u200e\u200f\u2060\ufeff"))  # a joiner changes what one sees
@@ -107,7 +113,8 @@ def read_line(line, task):
          f"gold_idx is {gold!r}; 0 to {len(choices) - 1} is accepted")]
     wrong = [why for failed, why in checks if failed]
     wrong = wrong or [f"choice {k} reads the same as the gold choice" for k in twins(choices, gold)]
-    return (None if wrong else Row(task, prompt, choices, gold)), wrong
+    kind = NewWording if row.get("held_out") is True else Row
+    return (None if wrong else kind(task, prompt, choices, gold)), wrong
 
 
 def read_rows(path, task, report=stop):

@@ -7,16 +7,16 @@ import torch
 from conftest import lora_hooks
 from transformers import AutoModelForCausalLM
 
-import data, train
+import presets, train
 from bases import load_base
-from experiments import paper
 from portal import Config, Converter, Portal
 from runtime.files import ROOT, write_json
 from runtime.flags import run_main
 from runtime.saved import save_portal
+from tasks import rows
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PACKAGES = ("kernels", "baselines", "experiments", "runtime", "toy")
+PACKAGES = ("bases", "baselines", "experiments", "exports", "kernels", "reports", "runtime", "starts", "tasks", "toy")
 SOURCES = [path for folder in (ROOT, *(ROOT / name for name in PACKAGES)) for path in sorted(folder.glob("*.py"))]
 COMMANDS = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in SOURCES
             if 'if __name__ == "__main__"' in path.read_text()]
@@ -69,8 +69,7 @@ def parse(module, arguments, options):
     """Parse a command's arguments as it does, and do no more. Its option strings are added to `options`."""
     def parse_args(parser, *args, known=argparse.ArgumentParser.parse_args):
         options.update(option for action in parser._actions for option in action.option_strings)
-        parsed = known(parser, *args)
-        assert set(getattr(parsed, "experiments", ())) <= set(paper.EXPERIMENTS), arguments
+        known(parser, *args)
         raise Parsed
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Parsed):
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
@@ -81,7 +80,7 @@ def parse(module, arguments, options):
 def run(module, arguments):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [module, *arguments])
-        run_main(importlib.import_module("benchmarks" if module == "data" else module).main)
+        run_main(importlib.import_module(module).main)
 
 
 def follow(page):
@@ -94,7 +93,7 @@ def follow(page):
             exec(text, names)
         for line in text.splitlines() if language in ("bash", "json") else ():
             if language == "json":
-                row, wrong = data.read_line(line.encode(), re.search(r'"task": "(\w+)"', line)[1])
+                row, wrong = rows.read_line(line.encode(), re.search(r'"task": "(\w+)"', line)[1])
                 assert row and not wrong, line
             elif command := command_of(line):
                 parse(*command, set())
@@ -107,7 +106,7 @@ def follow(page):
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     """A working folder in which the README was followed, with five rows of four of the toy's tasks and one epoch."""
-    few, folder, read = dict(n=5, epochs=1, batch_size=4, least=1), tmp_path_factory.mktemp("readme"), data.read_rows
+    few, folder, read = dict(n=5, epochs=1, batch_size=4, least=1), tmp_path_factory.mktemp("readme"), rows.read_rows
     (folder / "toy" / "data").mkdir(parents=True)
     for path in (ROOT / "toy").iterdir():
         if path.name != "data":
@@ -115,12 +114,12 @@ def toy(tmp_path_factory):
     for task in ("largest", "first", "animal", "last"):
         (folder / "toy" / "data" / task).symlink_to(ROOT / "toy" / "data" / task)
     with pytest.MonkeyPatch.context() as patch:
-        for settings in (train.TOY, *(value for value in train.TOY.values() if isinstance(value, dict))):
+        for settings in (presets.TOY, *(value for value in presets.TOY.values() if isinstance(value, dict))):
             for key in few.keys() & settings.keys():
                 patch.setitem(settings, key, few[key])
-        patch.setitem(train.TOY, "sizes", dict(d_z=8, hidden=16, d_c=12))
+        patch.setitem(presets.TOY, "sizes", dict(d_z=8, hidden=16, d_c=12))
         patch.setattr(train, "ROOT", folder)                                         # of toy/data
-        patch.setattr(data, "read_rows", lambda *args: read(*args)[:5])
+        patch.setattr(rows, "read_rows", lambda *args: read(*args)[:5])
         patch.chdir(folder)
         follow(ROOT / "README.md")
         yield folder
@@ -204,10 +203,10 @@ def test_files_and_names_exist(page):
                 assert functools.reduce(getattr, rest, importlib.import_module(module)), span
 
 
-def test_the_map_has_every_file():
+def test_the_map_has_every_room_and_every_file_at_the_top():
     spans = set(code_spans(ROOT / "README.md"))
-    files = {str(path.relative_to(ROOT)) for path in SOURCES if path.name != "__init__.py"}
-    assert files <= spans, files - spans
+    rooms = {f"{path.parent.name}/" for path in SOURCES if path.parent != ROOT} | {"docs/", "results/", "tests/"}
+    assert rooms | {path.name for path in SOURCES if path.parent == ROOT} <= spans
 
 
 def test_flags_and_commands_in_the_text_exist():
@@ -231,6 +230,9 @@ def test_the_picture_needs_nothing_else():
     assert re.search(r'<rect x="1" y="1" width="998" height="638" rx="12" fill="#ffffff"', text)
 
 
-def test_the_readme_is_short():
+def test_the_readme_is_read_by_people():
     text = (ROOT / "README.md").read_text()
-    assert len(text.splitlines()) <= 250 and text.count("<!-- ") == 2
+    assert len(text.splitlines()) <= 160 and len(text.split()) <= 1900 and text.count("<!-- ") == 2
+    prose = re.sub(r"^```.*?^```$|^\|.*?$|<!--.*?-->|\]\(.*?\)|`[^`\n]*`", "", text, flags=re.M | re.S)
+    for paragraph in re.split(r"\n\n|\n(?=- )", prose):
+        assert len(re.findall(r"(?<![\w.])\d[\d.,:]*", paragraph)) <= 3, paragraph
