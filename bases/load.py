@@ -135,7 +135,7 @@ def find_base(held, spec, run):
     for tag, p in held.items():
         if same(source, source_of(p["id"])) and source.revision in (None, p["revision"], p.get("requested") or "main"):
             return tag
-    its = not source.on_hub and os.path.exists(source.where) and fingerprint_at(*resolve(spec)[1:4:2])
+    its = not source.on_hub and os.path.exists(source.where) and fingerprint_at(resolve(spec).where, source.gguf)
     for tag, p in held.items():
         if its and p.get("fingerprint") == its:
             MOVED[p["id"]] = source

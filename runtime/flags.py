@@ -25,7 +25,7 @@ def run_main(main):
             with LOCKS:
                 main()
         finally:
-            sys.stdout.flush()
+            print(end="", flush=True)                                                # stdout may be closed: None
         distributed.stop()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())               # or Python reports it at the end
