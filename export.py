@@ -24,7 +24,7 @@ from reports.results import read_results
 from reports.table import cell
 from runtime.files import BadInput, read_json, writing
 from runtime.flags import parse, run_main
-from runtime.run_folder import files_in, find_run, new_folder, occupied, remove_leftovers
+from runtime.run_folder import files_in, find_run, finish, new_folder, occupied, remove_new
 from runtime.saved import load_config, load_portal, provenances
 from tasks.rows import named
 
@@ -79,7 +79,7 @@ def exported(path):
 def check_free(path, overwrite, source):
     """Raises BadInput unless `path` is new or empty, or holds an earlier export that `overwrite` replaces, and is apart
     from the base, which `source` names. Removes what a killed export left."""
-    remove_leftovers(path.resolve())
+    finish(path.resolve())
     if occupied(path) and not exported(path):
         raise BadInput(f"{path} is neither empty nor a folder that an export wrote, with a list of its files in its "
                        "README.md; --out DIR names another")
@@ -88,6 +88,7 @@ def check_free(path, overwrite, source):
         raise BadInput(f"{path} is, holds or lies in the base, {base}; --out DIR names another folder")
     if occupied(path) and not overwrite:
         raise BadInput(f"{path} already holds an export; --overwrite replaces it, --out DIR writes beside it")
+    remove_new(path.resolve())
 
 
 FORMS = {  # what the command does: (the flags that it needs, the flags that do not go with it)

@@ -66,7 +66,7 @@ def leftovers(folder, form):
         except PermissionError:                                                      # another user's process
             pass
         return False
-    names = os.listdir(folder) if folder.is_dir() else ()
+    names = os.listdir(folder) if folder.is_dir() and os.access(folder, os.R_OK) else ()
     found = filter(None, (re.fullmatch(form, name) for name in sorted(names)))
     return [folder / each[0] for each in found if dead(each[each.lastindex])]
 

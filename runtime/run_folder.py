@@ -33,7 +33,7 @@ def find_run(run):
 def occupied(path):
     """Whether `path` holds anything that a new folder must not be mixed with unasked. An empty folder does not count,
     nor what a new disk holds, nor our own lock and state in it."""
-    free = re.compile(r"lost\+found|\.lock|\.part|\.new\d+")
+    free = re.compile(r"lost\+found|\.lock|\.part|\.portal-new\d+")
     return os.path.lexists(path) and not (path.is_dir() and all(free.fullmatch(name) for name in os.listdir(path)))
 
 
@@ -72,9 +72,8 @@ def lock(run):
 def try_writing(run):
     """Raises BadInput if something in a run could not be written at the end of a long command."""
     try:
-        for folder in (run, run / ".resume", *run.glob("converters"), *run.glob("final/**"), *run.glob("baselines/**")):
-            if folder.is_dir():
-                tempfile.TemporaryFile(dir=folder).close()
+        for folder in folders_of_run(run):
+            tempfile.TemporaryFile(dir=folder).close()
         for path in (run / "log.jsonl", run / "results.jsonl"):                      # these are appended to
             if path.exists():
                 open(path, "ab").close()
@@ -84,16 +83,23 @@ def try_writing(run):
 
 
 def remove_leftovers(path):
-    """Completes or removes what a killed command left in a folder and beside it, and touches nothing else: see
-    leftovers. `path`: resolved, locked if it is a run."""
+    """Completes or removes what a killed command left in a run and beside it, and touches nothing else: see leftovers.
+    `path`: resolved and locked."""
     finish(path)
-    name = re.escape(path.name)
-    for left in leftovers(path.parent, rf"\.{name}\.new(\d+)") + leftovers(path, r"\.new(\d+)"):
-        shutil.rmtree(left, ignore_errors=True)
-    for inner in (path, sibling(path, "part")):
-        for folder in (inner, *(p for p in inner.glob("[!.]*/**") if p.is_dir()), inner / ".resume"):
-            for left in leftovers(folder, r"\..+\.tmp(\d+)"):                        # write_whole's
+    remove_new(path)
+    part = sibling(path, "part")
+    for folder in (*folders_of_run(path), part):
+        for left in leftovers(folder, r"\..+\.tmp(\d+)"):                            # write_whole's
+            name = left.with_name(re.sub(r"^\.|\.tmp\d+$", "", left.name))
+            if folder == part or RUN_FILES.fullmatch(str(name.relative_to(path))):
                 left.unlink()
+
+
+def remove_new(path):
+    """Removes the unfinished new folders of killed commands: see new_folder."""
+    form = rf"\.{re.escape(path.name)}\.new(\d+)"
+    for left in leftovers(path.parent, form) + leftovers(path, r"\.portal-new(\d+)"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------- a folder as a whole
@@ -103,13 +109,19 @@ def files_in(folder):
 
 
 def files_of_run(run):
-    """Returns the relative paths of what our commands write into a run folder, without the state of unfinished ones."""
+    """Returns the relative paths of the files in a run that our commands have written."""
     return [name for name in files_in(run) if RUN_FILES.fullmatch(name)]
+
+
+def folders_of_run(run):
+    """Returns the folders in a run that our commands write into, and the run."""
+    found = (run, run / ".resume", *run.glob("converters"), *run.glob("final/**"), *run.glob("baselines/**"))
+    return [folder for folder in found if folder.is_dir()]
 
 
 def finish(path):
     """Completes what a command was killed in that was putting a finished new folder into `path`: see new_folder."""
-    for whole in leftovers(path, r"\.whole(\d+)") if RANK == 0 else ():
+    for whole in leftovers(path, r"\.portal-whole(\d+)") if RANK == 0 else ():
         with writing(path):
             place(whole, path)
 
@@ -140,7 +152,7 @@ def new_folder(path, ours=files_of_run):
         return
     path = path.resolve()
     there = path.is_dir()
-    new = path.joinpath(f".new{os.getpid()}") if there else path.with_name(f".{path.name}.new{os.getpid()}")
+    new = path.joinpath(f".portal-new{os.getpid()}") if there else path.with_name(f".{path.name}.new{os.getpid()}")
     with writing(path):
         new.mkdir(parents=True)
     try:
@@ -155,7 +167,7 @@ def new_folder(path, ours=files_of_run):
             if taken := [name for name in names if name not in old and os.path.lexists(path / name)]:
                 raise BadInput(f"{path / taken[0]} is in the way, and no command of ours wrote it; move it elsewhere")
             write_json(new / STALE, old)
-            place(new.rename(path / f".whole{os.getpid()}"), path)
+            place(new.rename(path / f".portal-whole{os.getpid()}"), path)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 

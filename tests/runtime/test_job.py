@@ -167,7 +167,7 @@ def test_killed_while_one_run_takes_the_place_of_another(trained):
         def prepare():
             calls, real = itertools.count(1), getattr(owner, name)
             def dies(source, *args):
-                if re.search(r"/\.(new|whole)\d+", str(source)) and next(calls) == number:
+                if re.search(r"/\.portal-(new|whole)\d+", str(source)) and next(calls) == number:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return real(source, *args)
             setattr(owner, name, dies)

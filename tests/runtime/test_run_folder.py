@@ -86,8 +86,8 @@ def test_leftovers_are_of_an_exact_form_and_a_dead_process(tmp_path, monkeypatch
     """Beside a run whose name is a pattern: what other runs and people have there, and a live process, stays."""
     run, me = tmp_path / "exp[1]", os.getpid()
     kept = [".exp[1].new2.part/train.safetensors", ".exp[1].new2.lock", ".exp1.new999999/x", f".exp[1].new{me}/x", "exp[1]/.notes.2",
-            "exp[1]/.git/.x.tmp999999", f"exp[1]/.core.safetensors.tmp{me}", "exp[1]/portal.json", ".exp[1].new999999.tar"]
-    gone = [".exp[1].new999999/x", "exp[1]/.core.safetensors.tmp999999", "exp[1]/.new999999/portal.json",
+            "exp[1]/.git/.x.tmp999999", "exp[1]/.notes.md.tmp999999", "exp[1]/mine/.core.safetensors.tmp999999", "exp[1]/.new2/x", f"exp[1]/.core.safetensors.tmp{me}", "exp[1]/portal.json", ".exp[1].new999999.tar"]
+    gone = [".exp[1].new999999/x", "exp[1]/.core.safetensors.tmp999999", "exp[1]/.portal-new999999/portal.json",
             "exp[1]/final/converters/.a.json.tmp999999", ".exp[1].part/.log.jsonl.tmp999999"]
     for name in kept + gone:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
