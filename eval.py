@@ -94,7 +94,10 @@ class Evaluation:
         """Returns {task: (train rows, held-out rows)} that a base's converter was fitted on; as many of a task added
         since. They are in --data, or where they were then. Raises BadInput if the rows there are no longer these."""
         p, wrong = self.provenance[tag], None
-        for folder in dict.fromkeys([self.args.data or pathlib.Path(p["data"]), pathlib.Path(p["data"])]):
+        places = [self.args.data, pathlib.Path(p["data"])]
+        if not p.get("rows") and places[1].is_dir():                                 # an older run cannot tell its rows
+            del places[0]
+        for folder in dict.fromkeys(filter(None, places)):
             try:
                 tasks = load_run_tasks(self.saved, folder, ["train"])
                 rows = {task: sample(splits["train"], p["n"], p["seed"]) for task, splits in tasks.items()}

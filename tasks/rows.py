@@ -143,7 +143,7 @@ def read_rows(path, task, report=stop):
 
 def named(task, names):
     """Return the one of `names` that is `task` in any of Unicode's normal forms, or None."""
-    return next((name for name in names if as_nfc(name) == as_nfc(task)), None)
+    return task if task in names else next((name for name in names if as_nfc(name) == as_nfc(task)), None)
 
 
 def load_tasks(folder, tasks=None, report=stop, splits=("train", "eval")):
