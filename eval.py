@@ -3,6 +3,7 @@
     python eval.py                           everything in the run trained last; missing baselines are fitted first
     python eval.py --bases toy-gemma         only these bases
     python eval.py --methods base,portal     only these methods; nothing else is fitted
+    python eval.py --against toy-qwen-m      the upgrade report: what a move from this base to the ported ones changes
     python eval.py --task rte --show 5       prints five rows with every score before and after PorTAL; writes nothing
 
 The numbers are defined in score.py. Results are appended to results.jsonl; results.md and the plots are drawn from it.
@@ -14,6 +15,7 @@ import torch
 from baselines import cross_lora, hypernet, lora
 from bases import encode, find_base, reload_base
 from exports.hub import run_of
+from reports import upgrade
 from reports.results import fit_date, pack
 from reports.table import METHODS, write_results
 from runtime.distributed import RANK
@@ -147,14 +149,23 @@ class Evaluation:
         cross_lora.transfer_all(self.run, tag, base, self.base_of(source), self.provenance[tag]["seed"],
                                 encode(base.tokenizer, held, self.cfg.tasks)[0], self.max_tokens(base))
 
+    def digests(self, base):
+        """Returns {task: the digest of the evaluation rows and of the base's files}."""
+        files = [base.provenance.get(key) for key in ("fingerprint", "quantize")]
+        return digests_of({task: [files, [row for row in self.rows if row.task == task]] for task in self.cfg.tasks})
+
+    def measured(self, tag):
+        """Returns {task: PorTAL's row of results.jsonl} of what was measured on these rows and files."""
+        base = self.base_of(tag)
+        return upgrade.measured(self.run, base.name, self.provenance[tag]["n"], self.digests(base))
+
     def measure(self, method, tag, base, items):
         """Evaluates one method on one base, selected and last epoch; appends a row for each task to results.jsonl."""
         p, cells = self.provenance[tag], None
         tag, n = (base.name, 0) if method == "base" else (tag, p["n"])               # the bare base: once, whatever n
         row = dict(role="seen" if base.name in self.seen else "unseen", seed=p["seed"], n=n)
         dates = {task: fit_date(self.run, method, tag, task) for task in self.cfg.tasks}
-        files = [base.provenance.get(key) for key in ("fingerprint", "quantize")]
-        on = digests_of({task: [files, [row for row in self.rows if row.task == task]] for task in self.cfg.tasks})
+        on = self.digests(base)
         folder = {"portal": "converters", "lora": "baselines/lora"}.get(method)
         differ = folder is not None and (self.run / "final" / folder / f"{tag}.safetensors").exists()
         for select in ("best", "final"):
@@ -237,8 +248,8 @@ def checked(args, run, saved, cfg, provenance):
 
 
 def main(argv=None):
-    args = parse(__doc__, "run bases data tasks methods epochs batch-size lr max-tokens recompute eval-rows show "
-                          "device dtype device-map quantize allow-changed-base overwrite", argv,
+    args = parse(__doc__, "run bases against data tasks methods epochs batch-size lr max-tokens recompute eval-rows "
+                          "show device dtype device-map quantize allow-changed-base overwrite", argv,
                  (TOY["lora"], REAL["lora"]),
                  epochs=dict(help="of the LoRA baseline"), batch_size=dict(help="of the LoRA baseline"),
                  lr=dict(help="of the LoRA baseline"),
@@ -246,6 +257,8 @@ def main(argv=None):
     run = find_run(run_of(args.run))
     saved, cfg = load_config(run)
     provenance = provenances(run)
+    if args.against:
+        upgrade.set_flags(args, run, provenance)
     tags, methods = checked(args, run, saved, cfg, provenance)
     data = load_run_tasks(saved, args.data or pathlib.Path(saved["data"] or provenance[tags[0]]["data"]), ["eval"])
     n = args.show or args.eval_rows
@@ -262,13 +275,18 @@ def main(argv=None):
     journal = Journal(run / ".resume" / "eval.json", command_of(args, saved, provenance, rows))
     journal.place(run / "results.jsonl")
     evaluation = Evaluation(args, run, saved, cfg, provenance, rows, journal)
-    for tag in tags:
-        if tag not in journal.done:
-            evaluation.evaluate(tag, methods)
+    if args.against:                                                             # without a sweep's smaller samples
+        tags = [tag for tag in tags if tag == provenance[tag]["base"]]
+    todo = [tag for tag in tags if tag not in journal.done
+            and not (args.against and evaluation.measured(tag).keys() >= {row.task for row in rows})]
+    for tag in todo:
+        evaluation.evaluate(tag, methods)
     if RANK:
         return
     write_results(run, cfg.tasks)
     forget(journal.path)
+    if args.against:
+        return upgrade.write(run, {tag: evaluation.measured(tag) for tag in tags}, rows)
     print((run / "results.md").read_text(encoding="utf-8").split("\n## ")[0])
     print(f"table: {run / 'results.md'}, plots beside it")
 

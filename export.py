@@ -121,6 +121,7 @@ def parse_flags(argv):
     if wrong:
         raise BadInput(wrong[0])
     args.task = args.task or ("all" if args.push else None)
+    args.dtype = args.dtype or (torch.float32 if args.device.startswith("cpu") else torch.bfloat16)
     return args
 
 

@@ -4,6 +4,7 @@
     python port.py --to gemma-3-4b --n 1000        n training rows a task; --n 50,100,200 refits once for each
     python port.py --align                         for few rows: P_in starts by regression on a source base
     python port.py --teacher toy-qwen-m            without labels: fits to the answers of a base of the run
+    python port.py --teacher BASE --adapters DIR   or to those of any base with its LoRAs, PEFT folders DIR/<task>
     python port.py --dry-run                       prints what that would take in memory and time
 
 A port starts at the identity (P_out is zero) and with the layer embeddings of a source base (portal.Converter). The
@@ -12,7 +13,7 @@ import functools, pathlib
 
 import torch
 
-from bases import TOY_UNSEEN, find_base, load_base, refuse_twin, reload_base, short_names
+from bases import TOY_UNSEEN, find_base, load_base, refuse_twin, reload_base, short_name, short_names
 from exports.hub import run_of
 from portal import Converter, layers_of
 from runtime.files import ROOT, BadInput, read_json
@@ -23,7 +24,7 @@ from runtime.resume import Journal, command_of, digests_of, forget, state_file
 from runtime.run_folder import find_run, lock
 from runtime.saved import load_config, load_portal, provenances, save_port
 from starts.align import align, texts_of
-from starts.teacher import answers
+from starts.teacher import answers, of_peft, of_run, taught
 from starts.whiten import unwhiten, whiten
 from tasks.rows import load_run_tasks, print_fewer, sample
 from train import fit, one_round, portal_learner
@@ -90,10 +91,12 @@ def fits_to_do(run, args, seen, journal):
 
 
 def main(argv=None):
-    args = parse(__doc__, "to n align teacher run data epochs batch-size lr max-tokens recompute seed device dtype "
-                          "device-map quantize allow-changed-base overwrite dry-run", argv, (TOY["port"], REAL["port"]),
-                 n=dict(type=commas(positive(int)), metavar="N[,N]",
-                        help="training rows a task; several: one refit each"))
+    args = parse(__doc__, "to n align teacher adapters run data epochs batch-size lr max-tokens recompute seed device "
+                          "dtype device-map quantize allow-changed-base overwrite dry-run", argv,
+                 (TOY["port"], REAL["port"]), n=dict(
+                     type=commas(positive(int)), metavar="N[,N]", help="training rows a task; several: one refit each"))
+    if args.adapters and not args.teacher:
+        raise BadInput("--adapters DIR needs --teacher BASE, the base that they were trained on")
     run = find_run(run_of(args.run))
     lock(run)
     saved, cfg = load_config(run)
@@ -114,18 +117,19 @@ def main(argv=None):
         return reload_base(held[tag], args.device, args.dtype, device_map=args.device_map,
                            quantize=args.quantize or held[tag].get("quantize"), allow_changed=args.allow_changed_base)
 
-    soft, teacher = {}, args.teacher and find_base(held, args.teacher, run)
+    soft, teacher = {}, args.teacher and (
+        short_name(args.teacher) if args.adapters else find_base(held, args.teacher, run))
     if teacher and jobs:                                                             # once, for all fits
         most = max(n for _, fits in jobs for _, n in fits)
-        soft = answers(run, teacher, source(teacher), data, most, seed, args.max_tokens or TOY["port"]["max_tokens"])
+        soft = answers(*(of_peft(args, cfg.tasks) if args.adapters else of_run(run, teacher, source(teacher))),
+                       cfg.tasks, data, most, seed, args.max_tokens or TOY["port"]["max_tokens"])
     for spec, fits in jobs:
         base = load_base(spec, args.device, args.dtype, args.recompute, args.device_map, args.quantize)
         refuse_twin(base, seen)                                                      # it would count as unseen
         for tag, n in fits:
             print_fewer(data, n)
             drawn = {task: sample(splits["train"], n, seed) for task, splits in data.items()}
-            rows = {task: tuple([soft.get(id(row), row) for row in part] for part in parts)
-                    for task, parts in drawn.items()}
+            rows = taught(drawn, soft) if teacher else drawn
             settings = resolve_settings(args, preset([base.name])["port"], cfg.norm, rows)
             portal = load_portal(run, list(seen)).to(args.device)
             job = (DryRun if args.dry_run else Job)(
@@ -135,7 +139,8 @@ def main(argv=None):
                 save_port(run, tag, portal, learner, dict(
                     base=base.name, **base.provenance, ported=True, n=n, seed=seed, data=str(folder.resolve()),
                     rows=digests_of(drawn), epochs=settings["epochs"], seconds=round(job.seconds, 1),
-                    aligned=aligned, teacher=teacher), journal)
+                    aligned=aligned, teacher=teacher,
+                    adapters=args.adapters and str(args.adapters.resolve())), journal)
     if not args.dry_run:
         forget(journal.path)
 

@@ -3,7 +3,10 @@
     score(choice)  = log p(choice | prompt) / characters(choice)      the leading space counts
     acc_norm       = share of rows whose gold choice scores above every other (a tie is an error)
     log_loss       = NLL of the gold choices / their number of tokens (a completion's tokens include the EOS at its end)
-    exact match    = share of open rows whose greedy decoding reads as the completion; it is reported as acc_norm
+    exact match    = share of open rows whose greedy decoding reads as the completion; it is reported as acc_norm.
+                     Decoding ends at EOS, at the end of the last line that counts (as many as the completion has), or
+                     after twice as many tokens as the row's own completion has, at least 16: the number of a task is
+                     the same whatever else is evaluated
     acc_norm_harness = lm-evaluation-harness's acc_norm: without the leading space; of equal scores the first counts
     recovered lift = (acc - acc_base) / (acc_LoRA - acc_base)         retention = acc / acc_LoRA
 
@@ -14,6 +17,7 @@ import math
 import torch
 from tqdm import tqdm
 
+from bases import decoding_limit
 from data import collate, micro_batches
 from runtime.distributed import NO_BAR, map_sharded
 from runtime.files import BadInput
@@ -72,20 +76,39 @@ def full_precision(logits):
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def decode(base, adapters, items, max_tokens):
-    """Returns for every item with a completion, in order, the greedily decoded text. Decoding stops at EOS or after
-    twice as many tokens as the longest gold completion of `items` has, at least 16. Only the first line counts (as
-    many lines as the gold completion has): a bare base does not stop there."""
-    limit = max(16, 2 * max((len(item.continuations[0]) for item in items), default=0))
+def decode(base, adapters, items, max_tokens, end=None):
+    """Returns for every item with a completion, in order, the greedily decoded text: as many lines as its gold
+    completion has, a bare base does not stop there, and at most the tokens of bases.decoding_limit. end: (tokens,
+    lines) instead, where a completion is not to be read."""
+    def end_of(item):
+        if end:
+            return end[0], end[1]
+        return (decoding_limit(item.continuations[0]),
+                1 + max(gold.rstrip().count("\n") for gold in golds(base.tokenizer, item)))
+    ends = {id(item): end_of(item) for item in items}
     def texts_of(items):
-        found = {}
-        for part in micro_batches(items, max_tokens):
-            texts = base.generate([item.prompt for item in part], adapters, [item.task for item in part], limit)
-            for item, text in zip(part, texts):
-                lines = 1 + max(gold.rstrip().count("\n") for gold in golds(base.tokenizer, item))
-                found[id(item)] = "\n".join(text.split("\n")[:lines])
+        found, parts = {}, decoding_batches(items, [ends[id(item)][0] for item in items], max_tokens)
+        for part in tqdm(parts, desc=f"decoding on {base.name}", unit="batch", delay=2, leave=False, disable=NO_BAR):
+            limits, lines = zip(*(ends[id(item)] for item in part))
+            texts = base.generate([item.prompt for item in part], adapters, [item.task for item in part], limits, lines)
+            for item, text, n in zip(part, texts, lines):
+                found[id(item)] = "\n".join(text.split("\n")[:n])
         return [found[id(item)] for item in items]
     return map_sharded(texts_of, items)
+
+
+def decoding_batches(items, limits, max_tokens):
+    """Returns `items` in lists of one task each, sorted by the length of their prompts, whose rows x (longest prompt +
+    highest limit) is at most max_tokens; a longer item is a list of its own. A batch's rounding depends on all of its
+    rows, so that in half precision another task's rows would now and then change a token."""
+    parts, key = [], None
+    for item, limit in sorted(zip(items, limits), key=lambda pair: (pair[0].task, -len(pair[0].prompt))):
+        if key is None or item.task != key[0] or (len(parts[-1]) + 1) * (key[1] + max(key[2], limit)) > max_tokens:
+            parts.append([])
+            key = item.task, len(item.prompt), 0
+        parts[-1].append(item)
+        key = *key[:2], max(key[2], limit)
+    return parts
 
 
 def golds(tokenizer, item):

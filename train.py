@@ -3,6 +3,7 @@
     python train.py                                        the embedded toy, CPU
     python train.py --bases qwen3-1.7b,qwen3-4b --data data
     python train.py --dry-run                              prints what that would take in memory and time
+    python train.py --bases A,B --teacher C --adapters DIR learns what LoRAs, PEFT folders DIR/<task>, answer on C
     python train.py --add-task DIR                         adds a task to a run; core and converters stay frozen
 
 A round is `batch_size` rows of every task on every base. Adapters are generated once a round and base; micro-batches
@@ -11,11 +12,11 @@ that mix the rows of all tasks leave their gradients on A and B; one backward pa
 import torch
 import torch.nn.functional as F
 
-from bases import TOY_SEEN, load_base, refuse_twin, short_names
+from bases import TOY_SEEN, load_base, refuse_twin, short_name, short_names
 from data import Rounds, collate, micro_batches, most_rounds, to_device
 from portal import MODULES, Config, Converter, Portal
 from runtime.distributed import all_sum, shard
-from runtime.files import ROOT, today
+from runtime.files import ROOT, BadInput, today
 from runtime.flags import parse, run_main, some_of
 from runtime.job import DryRun, Job
 from presets import REAL, TOY, preset, resolve_settings
@@ -23,6 +24,7 @@ from runtime.resume import digests_of
 from runtime.run_folder import OUT, lock_for_training, sibling
 from runtime.saved import save_run
 from score import delta_ratio, evaluate, full_precision, macro
+from starts.teacher import answers, of_peft, taught
 from tasks.new_task import new_task
 from tasks.rows import load_tasks, print_fewer, sample
 
@@ -182,12 +184,15 @@ def new_run(args):
     run = args.run or OUT / ("toy" if args.bases is None else "+".join(names))
     found = load_tasks(data, args.tasks)
     print_fewer(found, n)
-    rows = {task: sample(splits["train"], n, seed) for task, splits in found.items()}
-    settings = resolve_settings(args, default, args.norm, rows)
-    cfg = Config(tasks=list(rows), **default["sizes"])
+    rows = drawn = {task: sample(splits["train"], n, seed) for task, splits in found.items()}
+    cfg = Config(tasks=list(drawn), **default["sizes"])
     cfg.modules, cfg.norm = args.modules or cfg.modules, args.norm or cfg.norm
     cfg.rank, cfg.alpha = args.rank or cfg.rank, 2 * (args.rank or cfg.rank)
     lock_for_training(run, cfg, args)
+    if args.teacher:
+        rows = taught(drawn, answers(*of_peft(args, cfg.tasks), cfg.tasks, found, n, seed,
+                                     args.max_tokens or default["max_tokens"]))
+    settings = resolve_settings(args, default, args.norm, rows)
     bases = [load_base(spec, args.device, args.dtype, args.recompute, args.device_map, args.quantize) for spec in specs]
 
     torch.manual_seed(seed)
@@ -199,9 +204,10 @@ def new_run(args):
     part = sibling(run, "part")                                                      # until the run is whole
     job = (DryRun if args.dry_run else Job)("train", settings, seed, part / "log.jsonl", part / "train.safetensors")
     def save(learner):
-        fitted = dict(n=settings["n"], seed=seed, data=str(data.resolve()), rows=digests_of(rows),
+        fitted = dict(n=settings["n"], seed=seed, data=str(data.resolve()), rows=digests_of(drawn),
                       epochs=settings["epochs"], epoch_selected=learner.epoch, seconds=round(job.seconds, 1),
-                      date=today())
+                      teacher=args.teacher and short_name(args.teacher),
+                      adapters=args.adapters and str(args.adapters.resolve()), date=today())
         save_run(run, portal, learner, bases, settings, fitted)
         print(f"epoch {learner.epoch} of {settings['epochs']} selected on held-out rows; saved to {run}")
     return job, portal, bases, rows, settings, save
@@ -209,9 +215,13 @@ def new_run(args):
 
 def main(argv=None):
     fixed = vars(Config(tasks=[]))                                                   # modules, rank, norm
-    args = parse(__doc__, "bases data tasks add-task n modules rank norm epochs batch-size lr max-tokens recompute "
-                          "seed device dtype device-map quantize allow-changed-base run overwrite dry-run",
-                 argv, ({**fixed, **TOY}, {**fixed, **REAL}), modules=dict(type=some_of(MODULES)))
+    args = parse(__doc__, "bases data tasks add-task n modules rank norm teacher adapters epochs batch-size lr "
+                          "max-tokens recompute seed device dtype device-map quantize allow-changed-base run overwrite "
+                          "dry-run", argv, ({**fixed, **TOY}, {**fixed, **REAL}),
+                 modules=dict(type=some_of(MODULES)))
+    if bool(args.teacher) != bool(args.adapters) or args.add_task and args.teacher:
+        raise BadInput("--teacher BASE and --adapters DIR are accepted together, and without --add-task: a new run "
+                       "holds no adapters that a teacher could have")
     job, portal, bases, rows, settings, save = (new_task if args.add_task else new_run)(args)
     learner = portal_learner(portal, rows, settings)
     fit(job, bases, portal.adapters, [learner], rows)

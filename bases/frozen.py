@@ -3,7 +3,7 @@
 There is no code per architecture: sites.py finds the projections of a decoder's layers by their names. Each of these
 linear layers is wrapped in `Adapted`, which adds the low-rank part.
 """
-import contextlib, functools
+import contextlib, functools, math
 from types import SimpleNamespace
 
 import torch
@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
+import bases.decoding as decoding
 import bases.masks as masks
 from bases.sites import find_sites, shape
-from bases.tokens import text_ids
 from kernels.lora import lora_add, lora_linear
 from portal import MODULES, group_sites, same_depth
 from runtime.files import BadInput
@@ -133,6 +133,11 @@ class Base:
         """Whether `generate` may pad prompts on the left; found out by trying, once."""
         return masks.ignores_padding(self)
 
+    @functools.cached_property
+    def drops(self):
+        """Whether a row may leave the batch that `generate` decodes; found out by trying, once."""
+        return masks.goes_on_alone(self)
+
     def with_adapters(self, adapters, task, at=None):
         """A context in which row r of a forward pass has the adapters of task[r], and logits are computed only at the
         positions `at` (rows [N], columns [N]; None: everywhere). adapters None: the bare base."""
@@ -181,33 +186,13 @@ class Base:
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, context_fn=contexts,
                                               preserve_rng_state=False)              # nothing is random: no dropout
 
-    @torch.no_grad()
-    def generate(self, prompts, adapters=None, tasks=None, max_new_tokens=32):
+    def generate(self, prompts, adapters=None, tasks=None, max_new_tokens=32, lines=math.inf):
         """The greedy continuations, R texts, of R prompts (texts or lists of token ids), row r with the adapters of
-        tasks[r]; one forward pass a token for all rows. A row ends at EOS or after max_new_tokens."""
-        prompts = [text_ids(self.tokenizer, [p])[0][0] if isinstance(p, str) else p for p in prompts]
-        eos = self.tokenizer.eos_token_id
-        task = None if tasks is None else torch.as_tensor(tasks, device=self.device)  # [R]
-        together = len(set(map(len, prompts))) == 1 or self.pads
-        new = []
-        for part in [slice(None)] if together else [slice(r, r + 1) for r in range(len(prompts))]:
-            with self.with_adapters(adapters, task if task is None else task[part]):
-                new += self.decode(prompts[part], max_new_tokens, eos).sequences.tolist()
-        new = [row[:row.index(eos)] if eos in row else row for row in new]
-        return self.tokenizer.batch_decode(new, clean_up_tokenization_spaces=False)
-
-    def decode(self, prompts, max_new_tokens, eos=None, masked=True):
-        """transformers' output of greedy decoding from R lists of token ids: `sequences` [R, new] without the prompts,
-        and `logits`, a list of [R, vocabulary]. Rows are padded on the left, so that every row's next token has the
-        same column; the mask excludes the padding, unless not `masked`."""
-        S = max(map(len, prompts))
-        ids = torch.tensor([[0] * (S - len(p)) + p for p in prompts], device=self.device)  # [R, S]
-        mask = torch.tensor([[1 - masked] * (S - len(p)) + [1] * len(p) for p in prompts], device=self.device)
-        out = self.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens,
-                                  eos_token_id=eos, pad_token_id=0 if eos is None else eos,
-                                  return_dict_in_generate=True, output_logits=True)
-        out.sequences = out.sequences[:, S:]
-        return out
+        tasks[r]; one forward pass a token for all rows. A row ends at EOS, after max_new_tokens, or with the new line
+        after `lines` lines, and then leaves the batch. Both are a number, or a list of one for each row."""
+        each = [value if isinstance(value, (list, tuple)) else [value] * len(prompts)
+                for value in (max_new_tokens, lines)]
+        return decoding.texts(self, prompts, adapters, tasks, *each)
 
 
 def same_depths(target, source, m):

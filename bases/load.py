@@ -3,7 +3,7 @@
 A base has one identity, a Source. Every command names a base by it: its files in a run by `name`, its provenance by
 `id`, the commit of a hub id and the fingerprint of its files, with which it is loaded again.
 """
-import importlib.util, os, pathlib, re, sys
+import functools, importlib.util, os, pathlib, re, sys
 from typing import NamedTuple
 
 import huggingface_hub
@@ -15,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from bases.files import (BITS, DEQUANTISED, check_complete, check_purpose, check_values, dequantised, fingerprint,
-                         fingerprint_at, quantisation, refuse_adapter, refuse_unreadable, right_tokenizer, weight_files)
+                         quantisation, refuse_adapter, refuse_unreadable, right_tokenizer, weight_files)
 from bases.frozen import Base
 from bases.tokens import prepare
 from runtime.distributed import RANK
@@ -35,7 +35,6 @@ HUB = {
 }
 TOY_SEEN, TOY_UNSEEN = ("toy-qwen-s", "toy-qwen-m"), ("toy-qwen-l", "toy-gemma")     # of commands without --bases, --to
 TOY = {name: ROOT / "toy" / name for name in (*TOY_SEEN, *TOY_UNSEEN, "toy-hybrid")}
-MOVED = {}                                                                           # {recorded id: Source}: find_base
 set_verbosity_error()                             # what it would report of a load is an error here: check_complete
 if RANK or not sys.stderr.isatty():
     disable_progress_bar()
@@ -124,31 +123,6 @@ def same(source, other):
     return paths[0] == paths[1] or all(path.exists() for path in paths) and paths[0].samefile(paths[1])
 
 
-def find_base(held, spec, run):
-    """Returns the tag of the base of a run that `spec` names: the tag itself, a short name, or whatever leads to the
-    base recorded: its alias, hub id (with the revision asked for at the time, or the commit), folder or .gguf file, or
-    any path with the fingerprint recorded, from which the base is then loaded (MOVED).
-    held {tag: provenance}. Raises BadInput, also for a base of the same short name from somewhere else."""
-    source = source_of(spec)
-    if os.sep not in spec and source.name in held:
-        return source.name
-    for tag, p in held.items():
-        if same(source, source_of(p["id"])) and source.revision in (None, p["revision"], p.get("requested") or "main"):
-            return tag
-    its = not source.on_hub and os.path.exists(source.where) and fingerprint_at(resolve(spec).where, source.gguf)
-    for tag, p in held.items():
-        if its and p.get("fingerprint") == its:
-            MOVED[p["id"]] = source
-            return tag
-    if p := held.get(source.name):
-        was = "@".join(filter(None, (p["id"], p["revision"])))
-        other = [part for part, digest in (p.get("fingerprint") or {}).items() if its and its.get(part) != digest]
-        raise BadInput(f"base {spec!r} is not the base {source.name} of {run}, which is {was}"
-                       + f": its {' and '.join(other)} differ" * bool(other))
-    raise BadInput(f"base {spec!r} is not in {run}; it holds {', '.join(held) or 'none'}; "
-                   "python port.py --to NAME adds one")
-
-
 # ---------------------------------------------------------------------------------------------- loading
 def pinned(source):
     """Returns (source with the commit that its revision is now, the folder that holds its files); of a folder or .gguf
@@ -208,6 +182,22 @@ def auto_class(config):
     return AutoModelForImageTextToText
 
 
+@functools.cache
+def cpu_dtype():
+    """The dtype of real bases on this CPU. Prints, once, that it has instructions for bfloat16 (AVX512-BF16 or AMX)."""
+    able = torch.cpu.get_capabilities()
+    if able.get("avx512_bf16") or able.get("amx_bf16"):
+        print("this CPU computes bfloat16: a round of training is faster with --dtype bfloat16")
+    return torch.float32
+
+
+def default_dtype(name, device):
+    """The dtype of a base unless --dtype is given; the toy's are too small to gain from half of it on a CPU."""
+    if torch.device(device).type != "cpu":
+        return torch.bfloat16
+    return torch.float32 if name in TOY else cpu_dtype()
+
+
 def four_bits(device, dtype):
     """from_pretrained's config of 4-bit NormalFloat, computing in `dtype`. BadInput without CUDA or bitsandbytes."""
     if torch.device(device).type != "cuda":
@@ -240,9 +230,11 @@ def reading(source, config, device, dtype, quantize, device_map):
 
 def load_base(spec, device="cpu", dtype=torch.float32, recompute=False, device_map=None, quantize=None):
     """Returns the Base that `spec` (or a Source) names, its weights from safetensors or GGUF only. Raises BadInput if
-    it cannot be loaded, or not completely. recompute: see Base.recompute_layers. device_map: accelerate's, instead of
-    all on `device`; "auto" distributes the layers over the GPUs. quantize: "4bit", or what the files themselves are."""
+    it cannot be loaded, or not completely. dtype None: see default_dtype. recompute: see Base.recompute_layers.
+    device_map: accelerate's, instead of all on `device`; "auto" distributes the layers over the GPUs. quantize: "4bit",
+    or what the files themselves are."""
     asked = spec if isinstance(spec, Source) else resolve(spec)
+    dtype = dtype or default_dtype(asked.name, device)
     source, folder = pinned(asked)
     config = pretrained(AutoConfig, source)
     check_purpose(source.name, config)
@@ -268,33 +260,4 @@ def load_base(spec, device="cpu", dtype=torch.float32, recompute=False, device_m
         fingerprint=fingerprint(folder, files, source.gguf)))
     if recompute:
         base.recompute_layers()
-    return base
-
-
-def located(id):
-    """Returns the Source of a base with this id in its provenance, where it is now: see find_base. Raises BadInput."""
-    if os.path.isabs(id) and id not in MOVED and not os.path.lexists(id):
-        raise BadInput(f"there is no base at {id} any more; name the path where it is (--bases; export.py: --to), or "
-                       "put a link to it there")
-    return MOVED.get(id) or resolve(id)
-
-
-def recorded(p):
-    """Returns the Source of a base with provenance p: its id, at the commit and under the name recorded."""
-    source = located(p["id"])
-    if not source.on_hub and p["id"] not in TOY and not os.path.isabs(p["id"]):
-        raise BadInput(f"base {p['id']}, a hub id, has the name of a folder here; rename the folder")
-    return source._replace(name=p["base"], revision=p["revision"] if source.on_hub else None)
-
-
-def reload_base(provenance, *args, allow_changed=False, **options):
-    """Returns load_base of the id and commit in a converter's provenance, under the name that its files have. Raises
-    BadInput if its files are no longer those that the converter was fitted on, unless allow_changed."""
-    source = recorded(provenance)
-    base = load_base(source, *args, **options)
-    before = provenance.get("fingerprint") or {}
-    changed = [part for part, digest in before.items() if digest != base.provenance["fingerprint"].get(part)]
-    if changed and not allow_changed:
-        raise BadInput(f"base {base.name}: {' and '.join(changed)} in {source.where} are not those that its converter "
-                       "was fitted on; restore them, fit it again, or go on with --allow-changed-base")
     return base

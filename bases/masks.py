@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import torch
 
+from bases.decoding import greedy
 from runtime.files import BadInput, first_line, out_of_memory
 
 # Settings of a config that limit what a layer sees, beside those of a plain sliding window.
@@ -151,18 +152,36 @@ def keeps_apart(base):
         return False
 
 
-@torch.no_grad()
 def ignores_padding(base):
     """Whether a row that is padded on the left is decoded as alone."""
     short, long = probe(5, base.config.vocab_size), probe(12, base.config.vocab_size)
+    both = dict(prompts=[short, long], limits=[2, 2])
+    return decoded_alike(base, 0, both, dict(prompts=[short], limits=[2]), dict(both, masked=False))
+
+
+def goes_on_alone(base):
+    """Whether a row is decoded as alone after another has left the batch: whether all that goes from step to step is in
+    a cache or a tensor that decoding.rows_of knows."""
+    first, second = probe(12, base.config.vocab_size), probe(12, base.config.vocab_size, 1)
+    return decoded_alike(base, -1, dict(prompts=[first, second], limits=[1, 3], leave=True),
+                         dict(prompts=[second], limits=[3]), dict(prompts=[first], limits=[3]))
+
+
+@torch.no_grad()
+def decoded_alike(base, row, tried, alone, wrong):
+    """Whether a row of one way to decode has the logits of another at every step, see `same`; each way: what `greedy`
+    takes. A way that the model does not take is not alike, nor is any if what it sees may depend on the length."""
+    def steps(how):
+        logits = []
+        with base.activate({"factors": {}, "task": None}):
+            greedy(base, logits=logits, **how)
+        return logits
     if has_other_windows(base.config):
         return False
-    with base.activate({"factors": {}, "at": None}):
-        try:
-            padded, wrong = (base.decode([short, long], 2, masked=masked).logits for masked in (True, False))
-        except Exception as error:                                                   # it takes no padding at all
-            if out_of_memory(error):
-                raise
-            return False
-        alone = base.decode([short], 2).logits
-    return all(same(base, a[:1], b, c[:1]) for a, b, c in zip(padded, alone, wrong))
+    try:
+        tried, wrong = steps(tried), steps(wrong)
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        return False
+    return all(same(base, a[row, None], b, c[:1]) for a, b, c in zip(tried, steps(alone), wrong))

@@ -149,12 +149,11 @@ def check_embedded(tokenizer, row, texts):
 def to_items(tokenizer, rows, found, tasks, choices="all", max_length=MAX_LENGTH):
     """Return (items, how many prompts were cut) of rows and their Tokens `found`. A prompt that would pass
     `max_length`, or the model's positions, with its longest continuation is cut from the left, after BOS. Behind a
-    completion's prompt score.decode needs positions, too. Raises BadInput if an answer leaves its prompt fewer than 8.
+    completion's prompt decoding needs positions, too. Raises BadInput if an answer leaves its prompt fewer than 8.
     """
     positions = limits(tokenizer).length
     answers = [[t.continuations[row.gold]] if choices == "gold" and not row.weights else t.continuations
                for row, t in zip(rows, found)]
-    decoded = max(16, 2 * max((len(own[0]) for row, own in zip(rows, answers) if row.open), default=0))
     items, cut = [], 0
     for row, (head, prompt, _), continuations in zip(rows, found, answers):
         longest = max(map(len, continuations))
@@ -163,12 +162,18 @@ def to_items(tokenizer, rows, found, tasks, choices="all", max_length=MAX_LENGTH
             if positions - longest < min(8, len(prompt)):
                 raise BadInput(f"task {row.task!r}: an answer has {longest} tokens, but {name(tokenizer)} has "
                                f"{positions} positions for prompt and answer")
-            room = min(room, positions - longest, max(8, positions - row.open * decoded))
+            room = min(room, positions - longest, max(8, positions - row.open * decoding_limit(continuations[0])))
         if len(prompt) > room:
             head = min(head, room - 1)
             prompt, cut = prompt[:head] + prompt[len(prompt) - room + head:], cut + 1
         items.append(Item(tasks.index(row.task), prompt, continuations, row, row.weights))
     return items, cut
+
+
+def decoding_limit(completion):
+    """Return how many tokens may be decoded where the tokens `completion` would be right: other tokens may spell the
+    same text, seldom more than twice as many."""
+    return max(16, 2 * len(completion))
 
 
 def encode(tokenizer, rows, tasks, choices="all", max_length=MAX_LENGTH):

@@ -1,36 +1,33 @@
-"""What experiments/peers.py measures: a round of training, of LoRAs, and an evaluation, as each project does it.
+"""What experiments/peers.py measures, as each project does it. A contestant(work, base, tasks) returns a turn: a
+function that does the work and returns (seconds, result). A package that is missing raises ImportError.
 
-    training      train_ours, train_portallib; train_floor: the cost common to all methods, the frozen base alone
+    training      train_ours, train_portallib
     LoRAs         loras_ours, loras_peft
     evaluation    evaluate_ours, evaluate_portallib, evaluate_harness (lm-evaluation-harness)
+    decoding      decode_ours, decode_harness; portallib has none
 """
-import contextlib, dataclasses, io, itertools, logging, os
-import pathlib, time
+import dataclasses, logging, pathlib, time
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from baselines.lora import ALPHA, RANK, TaskLoRAs
-from bases import encode, load_base
-from data import collate, micro_batches
+from bases import MAX_LENGTH, encode, load_base
 from portal import MODULES, Config, Converter, Portal
 from presets import preset
-from score import full_precision, per_character, score
-from tasks.rows import load_tasks, sample
-from experiments.ablations import EMA
+from score import decode, golds, per_character, score
+from tasks.rows import as_read, load_tasks, sample
 from train import Learner, one_round, portal_learner
 
-MAX_PROMPT = 768                  # tokens; portallib cuts longer prompts, so rows with one are left out for all
 ROWS, ROUNDS = 4, 10_000          # rows of every task in a round; rounds of the learning rate's schedule, never reached
-BATCHES = {"cpu": (4, 8), "cuda": (8, 32, 128)}  # sequences in a peer's batch in evaluation
+BATCHES = {"cpu": (4, 8), "cuda": (8, 32, 128)}  # rows in a peer's batch in evaluation: the fastest counts
+TOGETHER = {"cpu": 16, "cuda": 64}               # prompts that lm-evaluation-harness decodes at once
 
 
 @dataclasses.dataclass
 class Work:
-    """What the contestants of a line of the table share. A contestant(work, base, tasks) returns a turn, a function
-    that does the work and returns (seconds, result), or {batch size: turn}, of which the fastest is measured."""
+    """What the contestants of a line of the table share."""
     spec: str                     # the base
     data: pathlib.Path            # the folder of tasks
     device: str
@@ -41,29 +38,38 @@ class Work:
     repeat: int = 1               # how often a turn does the work: on a tiny base, once is too short to time
 
     def load(self):
-        """Returns (Base, {task: its first `rows` rows, in a seeded order, whose prompt is within MAX_PROMPT})."""
-        base, tasks = load_base(self.spec, self.device, self.dtype), {}
-        for task, splits in load_tasks(self.data).items():
-            shuffled = sum(sample(splits[self.split], None, 0), [])
-            short = (row for row in shuffled if len(base.tokenizer(row.prompt).input_ids) <= MAX_PROMPT)
-            tasks[task] = list(itertools.islice(short, self.rows))
-        return base, tasks
+        """Returns (Base, {task: its first `rows` rows in a seeded order})."""
+        return load_base(self.spec, self.device, self.dtype), {
+            task: sum(sample(own[self.split], self.rows, 0), []) for task, own in load_tasks(self.data).items()}
 
     def clock(self):
         torch.get_device_module(self.device).synchronize()
         return time.perf_counter()
 
     def timed(self, step):
-        """The turn that runs `step` `repeat` times and has its last result."""
+        """Returns the turn that runs `step` `repeat` times: (seconds of each, the last result)."""
         def turn():
             start = self.clock()
             for _ in range(self.repeat):
                 result = step()
-            return self.clock() - start, result
+            return (self.clock() - start) / self.repeat, result
         return turn
 
 
 # ---------------------------------------------------------------------------------------------- training: PorTAL, LoRAs
+class EMA:
+    """A `weigh` for one_round: divides each (base, task) loss by its running mean, 0.9 / 0.1, never by less than 1e-3
+    (the write-up's section 4), as portallib does."""
+
+    def __init__(self):
+        self.means = {}                                                              # {base name: [T]}
+
+    def __call__(self, base, losses, gradients):
+        self.means[base] = 0.9 * self.means[base] + 0.1 * losses if base in self.means else losses.clone()
+        weights = (1 / self.means[base].clamp(min=1e-3)).view(-1, 1, 1, 1)           # [T, 1, 1, 1]
+        return [weights * g for g in gradients]
+
+
 def config(base, tasks):
     """The sizes of the toy or the write-up's, and the write-up's trunk, the only one that portallib has."""
     return Config(tasks=list(tasks), norm="none", **preset([base.name])["sizes"])
@@ -74,7 +80,6 @@ def gold_items(tokenizer, tasks):
 
 
 def train_ours(work, base, tasks, recompute=False):
-    """With losses divided by their running means, as portallib's are."""
     if recompute:
         base.recompute_layers()
     items, portal, ema = {base.name: gold_items(base.tokenizer, tasks)}, Portal(config(base, tasks)), EMA()
@@ -82,18 +87,6 @@ def train_ours(work, base, tasks, recompute=False):
     learner = portal_learner(portal.to(work.device), {task: (rows, []) for task, rows in tasks.items()},
                              dict(epochs=ROUNDS, batch_size=ROWS, lr=1e-3, least=1))
     return work.timed(lambda: one_round([base], portal.adapters, [learner], items, work.max_tokens, ema))
-
-
-def train_floor(work, base, tasks):
-    """The cost common to all methods: the frozen base's forward and backward pass over our micro-batches, without
-    adapters."""
-    items = gold_items(base.tokenizer, tasks)
-    base.model.enable_input_require_grads()                                          # so that there is a backward pass
-    def step():
-        for part in micro_batches(items, work.max_tokens):
-            batch = collate(part, base.device)
-            F.cross_entropy(full_precision(base.logits(batch)), batch.target).backward()
-    return work.timed(step)
 
 
 def portallib_inputs(base, tasks):
@@ -109,7 +102,7 @@ def portallib_trainer(base, dataset, cfg, clock, rounds=1, **recipe):
     import portallib
     trainer = portallib.PortalCoreTrainer([base], dataset, config=portallib.PortalTrainingConfig(
         modules=tuple(cfg.modules), rank=cfg.rank, alpha=cfg.alpha, d_z=cfg.d_z, d_layer=cfg.d_e, hidden=cfg.hidden,
-        d_core=cfg.d_c, epochs=1, source_steps_per_epoch=rounds, batch_size=ROWS, max_prompt=MAX_PROMPT, **recipe))
+        d_core=cfg.d_c, epochs=1, source_steps_per_epoch=rounds, batch_size=ROWS, max_prompt=MAX_LENGTH, **recipe))
     def evaluate(epoch):
         trainer.times.append(clock())
         return portallib.EpochMetrics(epoch, {}, 0.0, 0.0)
@@ -123,7 +116,7 @@ def train_portallib(work, base, tasks, **recipe):
     trainer = portallib_trainer(*portallib_inputs(base, tasks), cfg, work.clock, work.repeat, **recipe)
     def turn():
         trainer.train()
-        return trainer.times[-1] - trainer.times[-2], None
+        return (trainer.times[-1] - trainer.times[-2]) / work.repeat, None
     return turn
 
 
@@ -134,46 +127,40 @@ def loras_ours(work, base, tasks):
 
 
 def loras_peft(work, base, tasks):
-    """An adapter a task, one after another. Choosing the adapter is not timed: a run of its own does that once a task.
-    The adapters have the base's dtype, as ours have in the forward pass."""
+    """The LoRA of one task after another. All cost the same, so that one adapter stands for each. It has the base's
+    dtype, as ours have in the forward pass."""
     import peft
-    projections = [f"{m}_proj" for m in MODULES]
-    lora = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=projections, task_type="CAUSAL_LM")
-    model = peft.get_peft_model(base.unpatch(), lora, "0", autocast_adapter_dtype=False).train()
-    def timed_step(task, items):
+    model = peft.get_peft_model(base.unpatch(), peft.LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules=[f"{m}_proj" for m in MODULES], task_type="CAUSAL_LM"),
+        autocast_adapter_dtype=False).train()
+    learner = Learner([{"params": [p for p in model.parameters() if p.requires_grad], "lr": 1e-4}], list(tasks), 1,
+                      ROUNDS * len(tasks))
+    def batch(items):
         ids = pad_sequence([torch.tensor(i.prompt + i.continuations[0]) for i in items], True, -100).to(work.device)
         lengths = torch.tensor([[len(item.prompt)] for item in items], device=work.device)               # [R, 1]
         prompt = torch.arange(ids.shape[1], device=work.device) < lengths                                # [R, S]
-        batch = dict(input_ids=ids.clamp(min=0), attention_mask=(ids >= 0).long(), labels=ids.masked_fill(prompt, -100))
-        active = [p for p in model.parameters() if p.requires_grad]                  # of the adapter that is set
-        learner = Learner([{"params": active, "lr": 1e-4}], [task], 1, ROUNDS)
-        def step():
+        return dict(input_ids=ids.clamp(min=0), attention_mask=(ids >= 0).long(), labels=ids.masked_fill(prompt, -100))
+    batches = [batch(gold_items(base.tokenizer, {task: rows})) for task, rows in tasks.items()]
+    def step():
+        for own in batches:
             learner.optimizer.zero_grad()
-            model(**batch, use_cache=False).loss.backward()
+            model(**own, use_cache=False).loss.backward()
             learner.step()
-        return work.timed(step)
-    turns = []
-    for t, (task, rows) in enumerate(tasks.items()):
-        if t:
-            model.add_adapter(str(t), lora, autocast_adapter_dtype=False)
-        model.set_adapter(str(t))
-        turns.append(timed_step(task, gold_items(base.tokenizer, {task: rows})))
-    def turn():
-        seconds = 0.0
-        for t, own in enumerate(turns):
-            model.set_adapter(str(t))
-            seconds += own()[0]
-        return seconds, None
-    return turn
+    return work.timed(step)
 
 
 # ---------------------------------------------------------------------------------------------- evaluation
-# A result is [(task, scores)] of every row; a score is log p / characters of a choice. Tokenising is timed.
+# A result is the scores of every row, lists of log p / characters of its choices. Tokenising is timed.
+def fastest(step, work):
+    """Returns the turn of step(n) with the batch size n that is fastest."""
+    turns = [work.timed(partial(step, n)) for n in BATCHES[torch.device(work.device).type]]
+    return min(turns, key=lambda turn: turn()[0])
+
+
 def evaluate_ours(work, base, tasks):
     def step():
         items = encode(base.tokenizer, sum(tasks.values(), []), list(tasks))[0]
-        log_p = score(base, None, items, work.max_tokens)
-        return [(item.row.task, per_character(item, own)) for item, own in zip(items, log_p)]
+        return [per_character(item, log_p) for item, log_p in zip(items, score(base, None, items, work.max_tokens))]
     return work.timed(step)
 
 
@@ -181,32 +168,63 @@ def evaluate_portallib(work, base, tasks):
     import portallib
     base, dataset = portallib_inputs(base, tasks)
     def step(batch_size):
-        evaluator, scored = portallib.PortalEvaluator(max_prompt=MAX_PROMPT, batch_size=batch_size), []
+        evaluator, scored = portallib.PortalEvaluator(max_prompt=MAX_LENGTH, batch_size=batch_size), []
         score_rows = evaluator._score_rows
-        evaluator._score_rows = lambda *args: scored.append((args[1], score_rows(*args))) or scored[-1][1]
+        evaluator._score_rows = lambda *args: scored.append(score_rows(*args)) or scored[-1]
         evaluator.evaluate(base, dataset)                                            # returns the accuracies alone
-        return [(row.task, scores) for rows, found in scored for row, scores in zip(rows, found[0])]
-    return {n: work.timed(partial(step, n)) for n in BATCHES[torch.device(work.device).type]}
+        return [scores for found in scored for scores in found[0]]
+    return fastest(step, work)
+
+
+def harness(base, batch_size=1):
+    """Returns lm-evaluation-harness's model. `base` cannot be used afterwards."""
+    from lm_eval.models.huggingface import HFLM
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return HFLM(pretrained=base.unpatch(), tokenizer=base.tokenizer, batch_size=batch_size)
+
+
+def requests(kind, every):
+    """Returns lm-evaluation-harness's requests with the arguments `every`."""
+    from lm_eval.api.instance import Instance
+    return [Instance(kind, {}, arguments, k) for k, arguments in enumerate(every)]
 
 
 def evaluate_harness(work, base, tasks):
-    """lm-evaluation-harness on tasks of its own form over the same rows. Building the tasks and the bootstrap of its
-    standard errors are left out."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import datasets, lm_eval, lm_eval.api.task, lm_eval.models.huggingface, lm_eval.tasks
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    form = dict(test_split="test", output_type="multiple_choice", doc_to_text="prompt", doc_to_choice="choices",
-                doc_to_target="gold", target_delimiter="",
-                metric_list=[dict(metric="acc_norm", aggregation="mean", higher_is_better=True)])
-    def harness_task(task, rows):
-        splits = {"test": datasets.Dataset.from_list([row._asdict() for row in rows])}
-        return lm_eval.api.task.ConfigurableTask(config=dict(form, task=task, custom_dataset=lambda **_: splits))
-    built, manager = list(map(harness_task, tasks, tasks.values())), lm_eval.tasks.TaskManager(include_defaults=False)
-    harness = lm_eval.models.huggingface.HFLM(pretrained=base.unpatch(), tokenizer=base.tokenizer)
+    model, rows = harness(base), sum(tasks.values(), [])
+    asked = requests("loglikelihood", [(row.prompt, choice) for row in rows for choice in row.choices])
     def step(batch_size):
-        harness.batch_size_per_gpu = batch_size
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):  # bars, settings
-            result = lm_eval.simple_evaluate(model=harness, tasks=built, task_manager=manager, bootstrap_iters=0)
-        return [(task, [log_p / len(choice) for (log_p, _), choice in zip(one["filtered_resps"], row.choices)])
-                for task, rows in tasks.items() for one, row in zip(result["samples"][task], rows, strict=True)]
-    return {n: work.timed(partial(step, n)) for n in BATCHES[torch.device(work.device).type]}
+        model.batch_size_per_gpu = batch_size
+        log_p = iter(model.loglikelihood(asked, disable_tqdm=True))
+        return [[next(log_p)[0] / len(choice) for choice in row.choices] for row in rows]
+    return fastest(step, work)
+
+
+# ---------------------------------------------------------------------------------------------- decoding
+# A result is (texts, how many are exact matches, how many tokens they have). Encoding the prompts is timed.
+def completions(base, tasks):
+    """Returns the items of the tasks of completions, and the function that makes a result of their texts."""
+    rows = [row for own in tasks.values() for row in own if row.open]
+    items, tokenizer = encode(base.tokenizer, rows, list(tasks))[0], base.tokenizer
+    def result(texts):
+        right = [as_read(text) in map(as_read, golds(tokenizer, item)) for item, text in zip(items, texts, strict=True)]
+        return texts, sum(right), sum(map(len, tokenizer(texts, add_special_tokens=False).input_ids))
+    return items, result
+
+
+def decode_ours(work, base, tasks):
+    items, result = completions(base, tasks)
+    def step():
+        again = encode(base.tokenizer, [item.row for item in items], list(tasks))[0]
+        return result(decode(base, None, again, work.max_tokens))
+    return work.timed(step)
+
+
+def decode_harness(work, base, tasks):
+    """Until a new line, with as many tokens at the most as decoding the task's longest completion takes."""
+    (items, result), limit = completions(base, tasks), {}
+    for item in items:
+        limit[item.task] = max(16, 2 * len(item.continuations[0]), limit.get(item.task, 0))
+    model = harness(base, TOGETHER[torch.device(work.device).type])
+    asked = requests("generate_until", [
+        (item.row.prompt, dict(until=["\n"], do_sample=False, max_gen_toks=limit[item.task])) for item in items])
+    return work.timed(lambda: result(model.generate_until(asked, disable_tqdm=True)))

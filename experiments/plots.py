@@ -1,55 +1,45 @@
-"""Figures: curves with error bars for tables.py, and a training log as a plot.
+"""Figures: a study's log-loss against FLOPs, for tables.py, and a training log as a plot.
 
     python -m experiments.plots              <run>/log.png of the run trained last: loss and held-out acc_norm
-    python -m experiments.plots --run DIR    the same of this run
-    python -m experiments.plots LOG          of any log.jsonl, also while it grows; the PNG is written beside it
+    python -m experiments.plots --run DIR    the same of this run, also while it trains
 """
-import argparse, pathlib
-
 import numpy as np
 import pandas as pd
 
 from reports.results import drawing
 from runtime.files import each_line
-from runtime.flags import Parser, run_main
+from runtime.flags import parse, run_main
 from runtime.run_folder import find_run
 
 
-def error_curves(path, xlabel, panels, stars={}, title=""):
-    """Draws two panels {ylabel: {label: [(x, y, low, high)]}} against a logarithmic x; stars: {label: x or None}."""
-    with drawing(path, 11, columns=2) as both:
-        for axes, (ylabel, lines) in zip(both, panels.items()):
-            for label, points in lines.items():
-                x, y, low, high = np.array(points, float).T
-                bars = np.maximum([y - low, high - y], 0)            # a bootstrap interval may leave its point out
-                line, *_ = axes.errorbar(x, y, bars, marker="o", capsize=3, label=label)
-                if stars.get(label):
-                    axes.plot(stars[label], y[x == stars[label]], "*", markersize=18, color=line.get_color())
-            ticks = sorted({x for points in lines.values() for x, *_ in points})
-            axes.set(xscale="log", xlabel=xlabel, ylabel=ylabel)
-            axes.set_xticks(ticks, ticks), axes.minorticks_off()
-            if lines:
-                axes.legend(frameon=False, fontsize="small")
-        both[0].set_title(title)
+def curves(path, rows):
+    """Draws log-loss against the FLOPs of the fit, a panel a number of rows, of the methods that were measured with
+    several numbers of rounds; nothing without any. rows: what tables.results returns."""
+    rows = rows[rows["flops"].notna()].groupby(["base", "n", "method"]).filter(lambda own: own["rounds"].nunique() > 1)
+    if rows.empty:
+        return
+    panels = rows.groupby(["base", "n"])
+    with drawing(path, 5 * len(panels), columns=len(panels)) as all_axes:
+        for axes, ((base, n), own) in zip(np.atleast_1d(all_axes), panels):
+            for method, of_it in own.groupby("method", sort=False):
+                means = of_it.groupby(["rounds", "seed"])[["flops", "log_loss"]].mean().groupby("rounds")
+                mean, sd = means.mean(), means.std()
+                axes.errorbar(mean["flops"] / 1e9, mean["log_loss"], sd["log_loss"], marker="o", capsize=3,
+                              label=method)
+            axes.set(yscale="log", xlabel="GFLOPs of the fit", ylabel="log-loss", title=f"{base}, {n} rows a task")
+            axes.legend(frameon=False, fontsize="small")
 
 
-def log_curves(path):
-    """Returns {fit: {epoch: (loss, held-out acc_norm or None)}} of log.jsonl. A fit that was started again replaces
-    what it had from that epoch on."""
-    curves = {}
-    def add(row):
-        if row["event"] == "epoch":
-            before = {epoch: pair for epoch, pair in curves.get(row["what"], {}).items() if epoch < row["epoch"]}
-            curves[row["what"]] = {**before, row["epoch"]: (row["loss"], row["held_acc_norm"])}
-    each_line(path, add, "a row of a training log")
-    return curves
-
-
-def plot_log(path):
-    """Loss and held-out acc_norm against the epoch, a line a fit, as a PNG beside log.jsonl."""
-    curves, image = log_curves(path), path.with_suffix(".png")
+def main(argv=None):
+    log, fits = find_run(parse(__doc__, "run", argv).run) / "log.jsonl", {}          # {fit: {epoch: (loss, acc_norm)}}
+    image = log.with_suffix(".png")
+    def add(row):                                                                    # a fit that was started again
+        if row["event"] == "epoch":                                                  # replaces its later epochs
+            before = {epoch: pair for epoch, pair in fits.get(row["what"], {}).items() if epoch < row["epoch"]}
+            fits[row["what"]] = {**before, row["epoch"]: (row["loss"], row["held_acc_norm"])}
+    each_line(log, add, "a row of a training log")
     with drawing(image, 11, columns=2) as both:
-        for what, epochs in curves.items():
+        for what, epochs in fits.items():
             values = pd.DataFrame(epochs, ["loss", "held-out acc_norm"], dtype=float).T  # [epoch, 2]
             for axes, label in zip(both, values):
                 axes.plot(values[label].dropna(), marker="o", label=what)
@@ -57,16 +47,6 @@ def plot_log(path):
         both[0].set_yscale("log"), both[1].set_ylim(0, 1.02)
         both[0].legend(frameon=False, fontsize="small")
     print(f"drawn: {image}")
-
-
-def main(argv=None):
-    parser = Parser(prog="python -m experiments.plots", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("log", nargs="?", type=pathlib.Path, metavar="LOG", help="log.jsonl (default: the run's)")
-    which.add_argument("--run", type=pathlib.Path, metavar="DIR", help="run folder (default: the run trained last)")
-    args = parser.parse_args(argv)
-    plot_log(args.log or find_run(args.run) / "log.jsonl")
 
 
 if __name__ == "__main__":

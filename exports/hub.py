@@ -16,7 +16,7 @@ from runtime.saved import load_config, provenances
 HUB_ID = re.compile(r"(\w[\w.-]*/(\w[\w.-]*))(?:@([\w./-]+))?")
 FILES = ["config.json", "model.safetensors",                                         # of an artifact; the rest of a run
          "portal.json", "core.safetensors", "latents.safetensors", "log.jsonl", "results.jsonl", "results.md",
-         "converters/*", "baselines/*", "final/*"]
+         "upgrade-*", "converters/*", "baselines/*", "final/*"]
 
 
 def fetch(spec):
@@ -101,7 +101,7 @@ def push_run(run, repo):
                 (new := pathlib.Path(folder, name)).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(run / name, new)
         pathlib.Path(folder, "README.md").write_text(run_card(run, repo), encoding="utf-8")
-        push(folder, repo, ["converters/*", "baselines/*", "final/*", "*.png"])
+        push(folder, repo, ["converters/*", "baselines/*", "final/*", "upgrade-*", "*.png"])
 
 
 def run_card(run, repo):

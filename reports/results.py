@@ -4,7 +4,7 @@ import contextlib, functools, os, pathlib, platform, re, subprocess
 import numpy as np
 import torch
 
-from runtime.files import ROOT, each_line, read_json, write_whole
+from runtime.files import ROOT, each_line, first_line, read_json, write_whole
 
 
 def pack(correct):
@@ -71,6 +71,14 @@ def drawing(path, width, columns=1):
         figure = Figure((width, 3.6), layout="tight")
         yield figure.subplots(ncols=columns)
         write_whole(path, lambda p: figure.savefig(p, format="png", dpi=110))
+
+
+def draw(plot, path, *what):
+    """Calls plot(path, *what), after the numbers are written. A plot that fails is a printed line."""
+    try:
+        plot(path, *what)
+    except Exception as error:                                                       # of matplotlib, whatever it is
+        print(f"{path}: not drawn ({first_line(error)}); the table is whole")
 
 
 def plot(path, title, tasks, bars):

@@ -1,6 +1,6 @@
 """The table of a run, results.md, and its plots, drawn from results.jsonl alone."""
-from reports.results import hardware, plot, read_results
-from runtime.files import first_line, read_json, write_whole
+from reports.results import draw, hardware, plot, read_results
+from runtime.files import read_json, write_whole
 from score import lift
 
 METHODS = ("base", "lora", "lora_iso", "cross_lora", "copy", "random", "hypernet", "portal")  # in this order
@@ -48,11 +48,8 @@ def write_results(run, tasks):
                       {m: [cells[m]["best"][t]["acc_norm"] for t in common] for m in plotted}))
     text = "\n".join([*lines, *(text for note in notes for text in ("", note)), *details]) + "\n"
     write_whole(run / "results.md", lambda p: p.write_text(text, encoding="utf-8"))
-    for path, *what in plots:
-        try:
-            plot(path, *what)
-        except Exception as error:                                                   # of matplotlib, whatever it is
-            print(f"{path}: not drawn ({first_line(error)}); the table is whole")
+    for each in plots:
+        draw(plot, *each)
 
 
 def cell(text):

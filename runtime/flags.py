@@ -133,6 +133,8 @@ SWITCH = dict(action="store_true")
 FLAGS = {
     "what to work on": {
         "bases": dict(NAMES, help="aliases, hub ids (org/name@revision), local folders or .gguf files"),
+        "against": dict(metavar="BASE", help="report what a move from this base of the run to --bases (default: the"
+                                             " ported ones) changes: scores, flips, a verdict a task"),
         "to": dict(NAMES, help="the bases to port to, named like --bases"),
         "data": dict(FOLDER, type=data_folder, help="folder of tasks: DIR/<task>/{train,eval}.jsonl, or everyday: the "
                                                     "sixteen tasks that come with the code"),
@@ -151,8 +153,10 @@ FLAGS = {
         "modules": dict(metavar="A,B", help="adapted projections: 'all' or some of q,k,v,o,gate,up,down"),
         "rank": dict(NUMBER, help="rank of the generated adapters"),
         "align": dict(SWITCH, help="start P_in by regression on one of the run's bases, also loaded; needs fewer rows"),
-        "teacher": dict(metavar="BASE", help="fit to the answers of this base of the run, with its own adapters,"
-                                             " instead of to labels"),
+        "teacher": dict(metavar="BASE", help="fit to the answers of this base, with its adapters in the run or those of"
+                                             " --adapters, instead of to labels"),
+        "adapters": dict(FOLDER, help="the teacher's adapters: PEFT LoRAs, DIR/<task>/adapter_model.safetensors and"
+                                      " adapter_config.json"),
         "norm": dict(choices=["layer", "none"], help="LayerNorm in the trunk, or the write-up's trunk as printed")},
     "the optimiser": {
         "epochs": dict(NUMBER, help="passes over the largest task"),
@@ -203,5 +207,5 @@ def parse(description, names, argv=None, defaults=({}, {}), **changes):
             parser.error("--device-map gives all GPUs to one process, torchrun one to each; it is one or the other")
         args.device = FLAGS["the machine"]["device"]["default"]
     if "dtype" in args:
-        args.dtype = getattr(torch, args.dtype or ("float32" if args.device.startswith("cpu") else "bfloat16"))
+        args.dtype = getattr(torch, args.dtype) if args.dtype else None              # see bases.load.default_dtype
     return args

@@ -9,8 +9,9 @@ from runtime.files import BadInput, as_the_umask_says, leftovers, read_json, wri
 OUT = pathlib.Path("out")
 MARKS = "portal.json", "README.md"  # a folder with the first is a run, with the second (a card) an export
 STALE = ".portal-stale.json"        # in a finished new folder: what it replaces
-RUN_FILES = re.compile(r"portal\.json|\.resume/[^/]+|log\.(jsonl|png)|results\.(jsonl|md)|[^/]+-n\d+\.png|(final/)?("
-                       r"(core|latents)\.safetensors|(converters|baselines/\w+)/[^/]+\.(safetensors|json))")
+RUN_FILES = re.compile(r"portal\.json|\.resume/[^/]+|log\.(jsonl|png)|results\.(jsonl|md)|[^/]+-n\d+\.png|"
+                       r"upgrade-[^/]+\.(json|md|png)|(final/)?((core|latents)\.safetensors|"
+                       r"(converters|baselines/\w+)/[^/]+\.(safetensors|json))")
 
 
 def find_run(run):

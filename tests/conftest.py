@@ -186,6 +186,7 @@ TRAIN = ["--bases", "./base-a,./base-b", *QUICK]
 def small(monkeypatch):
     monkeypatch.setitem(train.REAL, "sizes", dict(d_z=8, d_e=4, hidden=16, d_c=12))
     monkeypatch.setitem(train.REAL, "lora", dict(epochs=2, batch_size=2, lr=1e-3, least=1, max_tokens=200))
+    monkeypatch.setattr("bases.load.cpu_dtype", lambda: torch.float32)                        # the same on every CPU
     monkeypatch.setattr("reports.table.plot", lambda path, *_: path.touch())                  # slow; test_docs.py draws the README's
 
 

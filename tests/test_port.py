@@ -1,13 +1,12 @@
 """Where a port starts: P_in by regression on a source base, against least squares in numpy over plain forward passes.
-The coordinates it is learned in: whitened features, against numpy. What it learns from: a teacher's answers, against a
-plain model's."""
-import copy, json
+The coordinates it is learned in: whitened features, against numpy."""
+import copy
 
 import numpy as np
 import pytest
 import torch
-from conftest import command, edit, fingerprint, lora_hooks, one_line, tiny_base, tiny_model, tiny_tokenizer
-from helpers import make_portal, of_task, random_adapters, small_rows
+from conftest import tiny_base, tiny_model, tiny_tokenizer
+from helpers import make_portal, small_rows
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -17,8 +16,6 @@ from bases import Base
 from portal import Converter
 from runtime.job import Job
 from starts.align import layer_inputs
-from starts.teacher import soft_rows
-from tasks.rows import Row
 
 TEXTS = ["w1 w22 w3 Answer :", "w40 w4", "w7 w8 w9 w10 w11 w7"]
 
@@ -175,47 +172,3 @@ def test_a_killed_port_goes_on_where_whitening_rounds_otherwise_and_not_with_ano
     assert "continuing port after round 2" in capsys.readouterr().out
     started(9, eps=0.2)
     assert "another configuration" in capsys.readouterr().out
-
-
-# ---------------------------------------------------------------------------------------------- a teacher's labels
-def test_a_teachers_weights_are_its_probabilities_of_the_choices():
-    base = tiny_base(dtype=torch.float64)
-    adapters = random_adapters(base, dtype=torch.float64)
-    rows = [Row("one", "w1 w2", [" w3", " w4 w5 w6", " w7 w8"], 2), Row("two", "w9", [" w3 w4", " w5"], 0)]
-    soft = soft_rows(base, adapters, rows, ["zero", "one", "two"], 99)
-    model = tiny_model(dtype=torch.float64)
-    for t, row in enumerate(rows, 1):
-        handles, log_p = lora_hooks(model, *of_task(adapters, t)), []
-        for choice in row.choices:
-            prompt, both = (base.tokenizer(text).input_ids for text in (row.prompt, row.prompt + choice))
-            found = model(input_ids=torch.tensor([both])).logits[0].log_softmax(-1).detach()
-            log_p.append(sum(float(found[k - 1, both[k]]) for k in range(len(prompt), len(both))))
-        for handle in handles:
-            handle.remove()
-        made = soft[id(row)]
-        np.testing.assert_allclose(made.weights, np.exp(log_p) / np.exp(log_p).sum(), atol=1e-5)
-        assert made.gold == int(np.argmax([lp / len(choice) for lp, choice in zip(log_p, row.choices)]))
-        assert made[:3] == row[:3] and not made.open
-
-
-def test_a_port_to_a_teacher_reads_no_label(trained, capsys):
-    def ported(*flags):
-        argv = ["--to", "base-c", "--n", 8, "--epochs", 2, "--batch-size", 2, "--overwrite", *flags]
-        assert command(port, *argv) == 0
-        return fingerprint(trained / "converters")["base-c.safetensors"]
-    labelled, taught = ported(), ported("--teacher", "base-b")
-    assert json.loads((trained / "converters" / "base-c.json").read_text())["teacher"] == "base-b"
-    for file in (trained.parents[1] / "data").glob("*/train.jsonl"):                 # every label becomes another
-        for k, line in enumerate(file.read_text().splitlines(), 1):
-            row = json.loads(line)
-            edit(file, k, {"gold_idx": (row["gold_idx"] + 1) % len(row["choices"])})
-    assert ported("--teacher", "base-b") == taught != labelled != ported()
-    assert ported("--teacher", "base-a") != taught
-    capsys.readouterr()
-    assert command(port, "--to", "base-c", "--teacher", "base-x", "--overwrite") == 2
-    one_line(capsys, ["base-x", "base-a"])
-    file = trained.parents[1] / "data" / "one" / "train.jsonl"
-    file.write_text("".join(json.dumps({"task": "one", "prompt": f"w{k}", "completion": " w1"}) + "\n" for k in range(9)))
-    (file.parent / "eval.jsonl").write_text(file.read_text())
-    assert command(port, "--to", "base-c", "--teacher", "base-b", "--overwrite") == 2
-    one_line(capsys, ["--teacher", "one", "completions"])

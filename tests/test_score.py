@@ -103,15 +103,43 @@ def test_exact_match_is_compared_as_people_read_it(monkeypatch):
 
 def test_a_decoded_text_has_as_many_lines_as_its_gold_completion_and_a_limit():
     """Prompts are single words here; the stand-in for a base says what its table holds."""
-    says, limits = {5: " Paris\nQ: and then", 6: "\n Paris", 7: " one\ntwo\nthree", 8: " a"}, []
-    def generate(prompts, adapters, tasks, limit):
-        limits.append(limit)
+    says, calls = {5: " Paris\nQ: and then", 6: "\n Paris", 7: " one\ntwo\nthree", 8: " a"}, []
+    def generate(prompts, adapters, tasks, limits, lines):
+        calls.extend(zip((prompt[0] for prompt in prompts), limits, lines, strict=True))
         return [says[prompt[0]] for prompt in prompts]
-    base = SimpleNamespace(generate=generate, tokenizer=tiny_base().tokenizer)
+    base = SimpleNamespace(generate=generate, tokenizer=tiny_base().tokenizer, name="it")
     rows = [Row("t", f"w{i}", [gold]) for i, gold in enumerate([" Paris", " Paris", " one\ntwo\n", " a" * 10], 1)]
     items, _ = encode(base.tokenizer, rows, ["t"])
-    assert decode(base, None, items, 1) == [" Paris", "", " one\ntwo", " a"] and set(limits) == {22}  # 2 (10 + EOS)
-    assert decode(base, None, items[:3], 100) == [" Paris", "", " one\ntwo"] and limits[-1] == 16
+    assert decode(base, None, items, 1) == [" Paris", "", " one\ntwo", " a"]
+    assert calls == [(5, 16, 1), (6, 16, 1), (7, 16, 2), (8, 22, 1)]                 # 2 (10 + EOS)
+    calls.clear()
+    assert decode(base, None, items[:3], 100, end=(9, 3)) == [says[k] for k in (5, 6, 7)]
+    assert calls == [(k, 9, 3) for k in (5, 6, 7)]
+
+
+def test_a_task_is_decoded_in_the_same_batches_whatever_else_is_evaluated():
+    """Rounding depends on a batch's rows: the same batches give the same texts. Their memory is what max_tokens allows."""
+    base, calls = tiny_base(), []
+    generate = base.generate
+    base.generate = lambda *args: calls.append(args) or generate(*args)
+    golds = {"one": [" w5", " w6 w7", " w8 w9"], "two": [" w11" * 30, " w8"], "three": [" w1 w2"] * 9}
+    rows = [Row(task, " ".join(["w3"] * (2 + 5 * i)), [gold]) for task, texts in golds.items() for i, gold in enumerate(texts)]
+    rows = rows[::2] + rows[1::2]                                                    # tasks in any order
+    items, _ = encode(base.tokenizer, rows, list(golds))
+    adapters = random_adapters(base)
+    def batches(t, others, max_tokens):
+        calls.clear()
+        texts = decode(base, adapters, [item for item in items if item.task == t or others], max_tokens)
+        assert all(len(set(tasks)) == 1 for _, _, tasks, _, _ in calls)
+        assert all(len(prompts) == 1 or len(prompts) * (max(map(len, prompts)) + max(limits)) <= max_tokens
+                   for prompts, _, _, limits, _ in calls)
+        assert all(len(prompts[-1]) == min(map(len, prompts)) for prompts, *_ in calls)
+        own = [text for item, text in zip(items, texts) if item.task == t] if others else texts
+        return own, [(prompts, limits, lines) for prompts, _, tasks, limits, lines in calls if tasks[0] == t]
+    for max_tokens in (1, 100, 10_000):
+        for t in range(3):
+            assert batches(t, True, max_tokens) == batches(t, False, max_tokens)
+    assert len(batches(2, True, 100)[1]) > 2 and len(batches(2, True, 10_000)[1]) == 1
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "mistral"])

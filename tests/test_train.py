@@ -15,7 +15,7 @@ from runtime.files import BadInput
 from runtime.job import Job
 from presets import REAL, resolve_settings
 from score import delta_ratio
-from experiments.ablations import EMA
+from experiments.contestants import EMA
 from train import Learner, balance, fit, one_round, portal_learner, task_gradients
 
 

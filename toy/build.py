@@ -6,24 +6,19 @@
 
 A skill is a function from a list of six words to one of them: the first, the largest number, the word after the colour.
 Pre-training asks for skills by name ("largest: seven"), so every base can do all sixteen. A task shows the list and
-"Answer:" without the name, so a base is near chance on it: it has the skill, and an adapter (a LoRA) has to select it.
-Adapters of real models, too, mostly bring out what the base already knows.
+"Answer:" without the name, so a base is near chance on it: it has the skill, and an adapter has to select it.
 
-The toy shows whether an adapter, or a network that generates adapters, works on a frozen base, and on one of another
-width, depth, head count, tokenizer and architecture; the models are Hugging Face's classes and files, so the same code
-runs on a real base. It shows nothing on language, knowledge or scale: the bases know 43 words and sixteen skills, all
-seen in pre-training, and numbers measured here say nothing about a real model's numbers.
+The toy shows whether adapters work on a frozen base, and on one of another width, depth, head count, tokenizer and
+architecture. It shows nothing on language, knowledge or scale: the bases know 43 words and sixteen skills.
 """
-import argparse, json, math, os, random, statistics, sys, time
+import argparse, json, math, os, random, statistics, sys
 from pathlib import Path
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast,
-                          Qwen3_5ForCausalLM, Qwen3_5TextConfig, Qwen3Config, Qwen3ForCausalLM)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -59,9 +54,8 @@ ASIDE = ("fourth", "after_animal")  # known to the bases; no experiment may trai
 
 
 def make_list(rng, skill=None):
-    """Draws a list and returns its text and {skill: the one right answer}; any list has one for any `skill`. The words
-    are a colour, an animal, a fruit, two numbers, and a second copy of the fruit or of a number. Colour and animal are
-    never at an end, so each has a word before and after it."""
+    """Draws a list and returns its text and {skill: the one right answer}. The words are a colour, an animal, a fruit,
+    two numbers, and a second copy of the fruit or of a number; colour and animal are never at an end."""
     colour, animal, fruit = rng.choice(COLOURS), rng.choice(ANIMALS), rng.choice(FRUITS)
     a, b = rng.sample(NUMBERS, 2)
     rest = [fruit, a, b, rng.choice([fruit, a, b])]
@@ -111,7 +105,7 @@ VAGUE = ("say", "pick", "reply", "speak", "write", "tell")  # names no skill, so
 
 
 def ask(rng, skill):
-    """A question. Its name for a skill is one token, because combining "after" with "colour" would be another skill."""
+    """A question, with one token for the skill's name: to combine "after" with "colour" would be another skill."""
     return rng.choice(ASKS).format(skill.replace("_", ""))
 
 
@@ -148,16 +142,10 @@ def document(rng):
 FOLDER, QUESTIONS = HERE, 200  # the folder of the bases; how often check() asks for each skill by name
 TASKS = {task: HERE / ("data_aside" if task in ASIDE else "data") / task for task in SKILLS}  # their folders
 VOCABULARY = {"qwen": 480, "gemma": 222}  # tokens: every word is one in "qwen"; too few for that in "gemma"
-# Layers: F attends to all tokens, L (local) to the last `sliding_window` ones. Real Gemmas alternate them, most real
-# Qwens have no L. Here the first layer is L, since that helps to learn "the word before": in trials with F alone,
-# before_ and after_ stayed near .5 (the right neighbourhood, the wrong word), as they did with four query heads and
-# 1,200 steps. A window of 4 gave those skills but lost "fourth" and "last". Sizes: no two bases fit one set of LoRA
-# matrices. Fewer k/v heads than q heads, and a head_dim that is not hidden / heads, expose code that derives a shape
-# where it should read it from the layer. Weights start at about 1 / sqrt(width); transformers' 0.02 is for widths in
-# the thousands. Rounds restart at a high rate: toy-qwen-l had learned all but before_ and after_ after its first.
-# D is Qwen3.5's linear attention: a gated delta rule behind a convolution over four tokens, which reaches the word
-# before, so toy-hybrid has no L. One trial was enough (14 minutes on a busy core): all skills at 1.000 and, at the
-# steps printed, an answer loss below .1 from 900 on. Its head_dim is one that vLLM's attention on a CPU takes.
+# Layers: F attends to all tokens, L (local) to the last `sliding_window` ones, without which before_ and after_ stayed
+# near .5; D is Qwen3.5's linear attention. No two bases fit one set of LoRA matrices. Fewer k/v heads than q heads, and
+# a head_dim that is not hidden / heads, expose code that derives a shape where it should read it from the layer. The
+# weights start at about 1 / sqrt(width).
 SHARED = dict(num_attention_heads=6, num_key_value_heads=2, head_dim=20, intermediate_size=160, sliding_window=16,
               max_position_embeddings=512, initializer_range=0.12, pad_token_id=0)
 BASES = {  # name: (family, layers, sizes other than SHARED, rounds of (steps, learning rate))
@@ -172,8 +160,7 @@ BASES = {  # name: (family, layers, sizes other than SHARED, rounds of (steps, l
 
 
 def train_tokenizer(world, family):
-    """The tokenizers differ as those of two model families do. "qwen": byte-level BPE, no unknown characters, no <bos>.
-    "gemma": BPE over characters with a visible space, and a <bos> at the front."""
+    """Returns byte-level BPE without <bos>; for "gemma" BPE over characters, with a visible space and a <bos>."""
     rng = random.Random("tokenizer")
     corpus = ["".join(text for text, _ in world.document(rng)) for _ in range(4000)] + FILLER * 500
     if family == "qwen":
@@ -200,19 +187,18 @@ def new_model(family, layers, sizes, vocab_size):
     sizes = {**SHARED, **sizes, "vocab_size": vocab_size, "num_hidden_layers": len(layers),
              "layer_types": [types[layer] for layer in layers]}
     if family == "gemma":
-        config = Gemma3TextConfig(**sizes, query_pre_attn_scalar=sizes["head_dim"], bos_token_id=2, eos_token_id=1)
-        return Gemma3ForCausalLM(config)
-    sizes |= dict(tie_word_embeddings=True, eos_token_id=0)
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(
+            "gemma3_text", **sizes, query_pre_attn_scalar=sizes["head_dim"], bos_token_id=2, eos_token_id=1))
     if "D" in layers:
         sizes.pop("sliding_window")            # its config has none, and would keep it as a stray value
-        model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**sizes))
     else:
-        model = Qwen3ForCausalLM(Qwen3Config(**sizes, use_sliding_window=True))
+        sizes["use_sliding_window"] = True
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        "qwen3_5_text" if "D" in layers else "qwen3", **sizes, tie_word_embeddings=True, eos_token_id=0))
     model.model.embed_tokens.weight.data *= 4  # at first the embeddings outweigh what layers add to the residual stream
-    for layer in model.model.layers:           # (Gemma scales its embeddings up itself)
-        out = layer.self_attn.o_proj if hasattr(layer, "self_attn") else layer.linear_attn.out_proj
-        out.weight.data *= 0.2
-        layer.mlp.down_proj.weight.data *= 0.2
+    for name, p in model.named_parameters():   # (Gemma scales its embeddings up itself)
+        if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight")):
+            p.data *= 0.2
     return model
 
 
@@ -220,19 +206,16 @@ def new_model(family, layers, sizes, vocab_size):
 def make_batch(tok, documents):
     """Token ids [B, T] and their loss weights [B, T]: 1 in an answer, 0.1 elsewhere (syntax is learned too), 0 for
     <bos> and padding. Padding is on the right, so it needs no attention mask."""
-    bos = [] if tok.bos_token_id is None else [tok.bos_token_id]
-    ids, weights = [], []
+    bos, rows = [] if tok.bos_token_id is None else [(tok.bos_token_id, 0.0)], []
     for pieces in documents:
         encoded = tok([text for text, _ in pieces], add_special_tokens=False).input_ids
-        own = [1.0 if is_answer else 0.1 for tokens, (_, is_answer) in zip(encoded, pieces) for _ in tokens]
-        ids.append(torch.tensor(sum(encoded, bos)))
-        weights.append(torch.tensor([0.0] * len(bos) + own))
-    return pad_sequence(ids, batch_first=True), pad_sequence(weights, batch_first=True)
+        rows.append(bos + [(k, 1.0 if is_answer else 0.1) for ids, (_, is_answer) in zip(encoded, pieces) for k in ids])
+    ids_and_weights = zip(*(zip(*row) for row in rows))                              # B lists each
+    return [pad_sequence([torch.tensor(own) for own in both], batch_first=True) for both in ids_and_weights]
 
 
 def pretrain(world, name):
-    """Trains and saves the tokenizer and, in its rounds, the model of one base: AdamW on the weighted mean loss, with
-    linear warm-up and cosine decay to 0."""
+    """Trains and saves the tokenizer and the model of a base: AdamW, a linear warm-up and cosine decay each round."""
     (family, layers, sizes, rounds), folder = world.BASES[name], world.FOLDER / name
     label, tok, warmup = folder.relative_to(HERE).as_posix(), train_tokenizer(world, family), 50
     tok.save_pretrained(folder)
@@ -241,7 +224,7 @@ def pretrain(world, name):
     for number, (steps, lr) in enumerate(rounds):
         if number:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
-        rng, start = random.Random(f"pretrain {label}" + f" {number}" * (number > 0)), time.time()
+        rng = random.Random(f"pretrain {label}" + f" {number}" * (number > 0))
         opt = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda i: min(
             (i + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * max(0, i - warmup) / (steps - warmup))))
@@ -255,8 +238,7 @@ def pretrain(world, name):
             opt.step()
             schedule.step()
             if step % 100 == 0:
-                print(f"{label}  step {step}/{steps}  answer loss {nll[w == 1].mean():.3f}  {time.time() - start:.0f}s",
-                      flush=True)
+                print(f"{label}  step {step}/{steps}  answer loss {nll[w == 1].mean():.3f}", flush=True)
         model.to(torch.bfloat16).save_pretrained(folder)  # rounded; check() measures what is on disk
     assert (folder / "model.safetensors").stat().st_size < 1_000_000
 
@@ -271,8 +253,8 @@ def questions(world, skill, n):
 
 
 def accuracy(base, rows):
-    """{task: accuracy of the bare base}, by the choices' log-probability per character or the greedily decoded line.
-    Asserts that no choice or answer changes the tokens of its prompt, and that no prompt is cut."""
+    """Returns {task: accuracy of the bare base}. Asserts that no choice or answer changes the tokens of its prompt, and
+    that no prompt is cut."""
     tasks, tok = list(dict.fromkeys(row.task for row in rows)), base.tokenizer
     items, _ = encode(tok, rows, tasks)
     joined = tok([row.prompt + text for row in rows for text in row.choices]).input_ids
@@ -283,19 +265,16 @@ def accuracy(base, rows):
 
 def check(world, names):
     """Prints what the bases know; exits with an error if the accuracy of a skill by name is below .95."""
-    rows = {"by name": [row for skill in world.SKILLS for row in questions(world, skill, world.QUESTIONS)]}
-    if world.TASKS:
-        rows["as a task"] = [row for task, path in world.TASKS.items() for row in read_rows(path / "eval.jsonl", task)]
-    bases = {name: load_base(str(world.FOLDER / name)) for name in names}
-    table = pd.DataFrame({(kind, name): accuracy(base, rows[kind]) for kind in rows for name, base in bases.items()})
-    named = table["by name"]
-    table.loc["mean"] = table.mean()
-    print(table.rename({skill: f"{skill} (kept aside)" for skill in ASIDE}).to_string(float_format="%.3f"))
-    for name, base in bases.items():
-        size = (world.FOLDER / name / "model.safetensors").stat().st_size
-        print(f"{name}: {base.model.num_parameters():,} parameters, {size:,} bytes; by name {named[name].mean():.3f}, "
-              f"worst {named[name].idxmin()} {named[name].min():.3f}")
-    unfinished = [name for name in names if named[name].min() < 0.95]
+    rows = {"as a task": [row for task, path in world.TASKS.items() for row in read_rows(path / "eval.jsonl", task)],
+            "by name": [row for skill in world.SKILLS for row in questions(world, skill, world.QUESTIONS)]}
+    unfinished = []
+    for name in names:
+        base = load_base(str(world.FOLDER / name))
+        for kind in filter(rows.get, rows):
+            found = accuracy(base, rows[kind])
+            worst = min(found, key=found.get)
+            print(f"{name}, {kind}: mean {statistics.fmean(found.values()):.3f}, lowest {worst} {found[worst]:.3f}")
+        unfinished += [name] * (found[worst] < 0.95)
     if unfinished:
         sys.exit(f"not finished, a skill is below .95: {', '.join(unfinished)}")
 
@@ -305,11 +284,10 @@ def main(world):
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", choices=world.BASES, help="rebuild this base alone")
     parser.add_argument("--check", action="store_true", help="measure what is on disk, build nothing")
-    if not world.TASKS:
-        parser.add_argument("--tasks", type=Path, metavar="DIR", help="write the tasks into DIR, build nothing")
+    parser.add_argument("--tasks", type=Path, metavar="DIR", help="write the tasks into DIR, build nothing")
     args = parser.parse_args()
     names = [args.only] if args.only else list(world.BASES)
-    if vars(args).get("tasks"):
+    if args.tasks:
         return write_tasks(world, {task: args.tasks / task for task in world.SKILLS})
     if not args.check:
         write_tasks(world, world.TASKS)

@@ -6,6 +6,7 @@ from helpers import NeverWaits, hooked, items, of_task, random_adapters
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM
 
 from bases import Base, load_base, masks, reload_base, resolve
+from bases.load import cpu_dtype
 from data import collate
 from portal import MODULES, Adapters
 from runtime.files import BadInput
@@ -360,3 +361,17 @@ def test_a_gguf_file_loads_with_the_same_logits(tmp_path):
     base.unpatch().save_pretrained(tmp_path / "saved")                               # as a plain model, no longer a GGUF
     saved = Base(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), tokenizer)
     torch.testing.assert_close(saved.logits(batch), want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cpu_that_computes_bfloat16_is_told_so_once(tmp_path, monkeypatch, capsys):
+    """Where --dtype is not given: None."""
+    folder, hint = str(save_tiny(tmp_path / "base")), "this CPU computes bfloat16: a round of training is faster with --dtype bfloat16"
+    monkeypatch.setattr("bases.load.cpu_dtype", cpu_dtype)                           # conftest has replaced it
+    for able in ({}, {"avx512_bf16": False}, {"avx512_bf16": True}, {"amx_bf16": True}):
+        monkeypatch.setattr("torch.cpu.get_capabilities", lambda: able)
+        cpu_dtype.cache_clear()
+        assert load_base("toy-qwen-s", dtype=None).model.dtype == torch.float32 and not capsys.readouterr().out
+        assert {load_base(folder, dtype=None).model.dtype for _ in range(2)} == {torch.float32}
+        assert capsys.readouterr().out.count(hint) == any(able.values())
+    assert load_base(folder, "meta", None).model.dtype == torch.bfloat16
+    cpu_dtype.cache_clear()

@@ -344,10 +344,10 @@ def test_no_row_is_longer_than_the_models_positions():
         assert prepare(tiny_tokenizer(), config(max_position_embeddings=n)).limits == Limits(None, length)
 
 
-def test_the_longest_completion_leaves_room_to_decode_twice_as_many_tokens():
+def test_a_completion_leaves_room_to_decode_twice_as_many_tokens():
     tokenizer, long = prepare(tiny_tokenizer(), config(max_position_embeddings=100)), "w1 " * 200 + "w2"
     rows = [Row("t", long, [" w3" * 12]), Row("u", long, [" w3" * 30, " w4"], 0), Row("t", long, [" w3"])]
-    assert [len(item.prompt) for item in encode(tokenizer, rows, ["t", "u"])[0]] == [100 - 2 * 13, 70, 100 - 2 * 13]
+    assert [len(item.prompt) for item in encode(tokenizer, rows, ["t", "u"])[0]] == [100 - 2 * 13, 70, 100 - 16]
 
 
 @pytest.mark.parametrize("lengths, parts", [([2, 1, 3], 3), ([1, 1, 2], 1), ([1, 1], 1)])

@@ -8,7 +8,7 @@ from conftest import command, one_line
 from bases import Base, sites
 from experiments import architectures, tiny_models
 from experiments.architectures import check, in_a_process, report
-from experiments.comparisons import Exact
+from experiments.tiny_models import Exact
 from portal import Adapters
 
 STRUCTURES = {  # {type: what is found in it}

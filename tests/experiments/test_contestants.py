@@ -3,9 +3,9 @@ import pytest
 import torch
 
 from experiments import contestants
+from experiments.contestants import EMA
 from portal import Config, Converter, Portal
 from runtime.files import ROOT
-from experiments.ablations import EMA
 from train import one_round, portal_learner
 
 
