@@ -14,7 +14,7 @@ import torch
 
 from baselines import cross_lora, hypernet, lora
 from bases import encode, find_base, reload_base
-from exports.portallib import run_of
+from exports.hub import run_of
 from reports import upgrade
 from reports.results import fit_date, pack
 from reports.table import METHODS, write_results
@@ -26,7 +26,7 @@ from runtime.resume import Journal, command_of, digests_of, forget, state_file
 from runtime.run_folder import find_run, lock
 from runtime.saved import load_adapters, load_config, load_converter, load_portal, provenances, saved_at
 from score import decode, evaluate, per_character, score
-from tasks.rows import load_run_tasks, sample
+from tasks.rows import load_run_tasks, named, sample
 
 USUAL = [m for m in METHODS if m not in ("lora_iso", "hypernet")]                    # those two only with --methods
 FITTED, TRANSFERS = ("lora", "lora_iso", "hypernet"), ("cross_lora", "copy", "random")
@@ -58,8 +58,10 @@ def same_fit(before, now):
     """Whether a baseline with provenance `before` was fitted on the base and rows of a converter's provenance `now`.
     What an older provenance does not say, counts as the same."""
     same = before.get("quantize", now.get("quantize")) == now.get("quantize")
-    return same and all(before.get(key) == now[key] for key in ("id", "revision", "n", "seed", "data")) and all(
-        None in (before.get(key), now.get(key)) or before[key] == now[key] for key in ("fingerprint", "rows"))
+    for digest, keys in (("fingerprint", ("id", "revision")), ("rows", ("data",))):  # base and data may have moved
+        keys = keys if None in (before.get(digest), now.get(digest)) else (digest,)
+        same = same and all(before.get(key) == now[key] for key in (*keys, "n", "seed"))
+    return same
 
 
 class Evaluation:
@@ -92,16 +94,24 @@ class Evaluation:
 
     def train_rows(self, tag):
         """Returns {task: (train rows, held-out rows)} that a base's converter was fitted on; as many of a task added
-        since. Raises BadInput if the folder's rows are no longer these."""
-        p = self.provenance[tag]
-        tasks = load_run_tasks(self.saved, pathlib.Path(p["data"]))
-        rows = {task: sample(splits["train"], p["n"], p["seed"]) for task, splits in tasks.items()}
-        now, fitted = digests_of(rows), p.get("rows") or {}
-        if changed := [task for task in rows if task in fitted and now[task] != fitted[task]]:
-            raise BadInput(f"{p['data']}: the training rows of {', '.join(changed)} are no longer those that the "
-                           f"converter of {tag} was fitted on, and a LoRA beside it needs the same; restore them, or "
-                           "fit the converter again (--overwrite)")
-        return rows
+        since. They are in --data, or where they were then. Raises BadInput if the rows there are no longer these."""
+        p, wrong = self.provenance[tag], None
+        places = [self.args.data, pathlib.Path(p["data"])]
+        if not p.get("rows") and places[1].is_dir():                                 # an older run cannot tell its rows
+            del places[0]
+        for folder in dict.fromkeys(filter(None, places)):
+            try:
+                tasks = load_run_tasks(self.saved, folder, ["train"])
+                rows = {task: sample(splits["train"], p["n"], p["seed"]) for task, splits in tasks.items()}
+                now, fitted = digests_of(rows), p.get("rows") or {}
+                if changed := [task for task in rows if task in fitted and now[task] != fitted[task]]:
+                    raise BadInput(f"{folder}: the training rows of {', '.join(changed)} are no longer those that the "
+                                   f"converter of {tag} was fitted on, and a LoRA beside it needs the same; restore "
+                                   "them, fit the converter again (--overwrite), or name their folder with --data")
+                return rows
+            except BadInput as error:
+                wrong = wrong or error
+        raise wrong
 
     def ensure(self, method, tag):
         """Fits a trained baseline of a base on its converter's rows, unless the run holds it."""
@@ -232,7 +242,7 @@ def checked(args, run, saved, cfg, provenance):
         if method not in METHODS:
             raise BadInput(f"--methods: unknown method {method!r}; accepted are {', '.join(METHODS)}")
     for task in args.tasks or ():
-        if task not in cfg.tasks:
+        if not named(task, cfg.tasks):
             raise BadInput(f"--tasks: unknown task {task!r}; this run knows {', '.join(cfg.tasks)}")
     return [tag for name in wanted for tag, p in provenance.items() if p["base"] == name], methods
 
@@ -250,9 +260,10 @@ def main(argv=None):
     if args.against:
         upgrade.set_flags(args, run, provenance)
     tags, methods = checked(args, run, saved, cfg, provenance)
-    data = load_run_tasks(saved, args.data or pathlib.Path(saved["data"] or provenance[tags[0]]["data"]))
+    data = load_run_tasks(saved, args.data or pathlib.Path(saved["data"] or provenance[tags[0]]["data"]), ["eval"])
     n = args.show or args.eval_rows
-    rows = [row for task in args.tasks or cfg.tasks for row in sum(sample(data[task]["eval"], n, 0), [])]
+    tasks = [named(task, cfg.tasks) for task in args.tasks or cfg.tasks]
+    rows = [row for task in tasks for row in sum(sample(data[task]["eval"], n, 0), [])]
     if args.show:
         evaluation = Evaluation(args, run, saved, cfg, provenance, rows)
         for tag in tags:
@@ -276,7 +287,7 @@ def main(argv=None):
     forget(journal.path)
     if args.against:
         return upgrade.write(run, {tag: evaluation.measured(tag) for tag in tags}, rows)
-    print((run / "results.md").read_text().split("\n## ")[0])
+    print((run / "results.md").read_text(encoding="utf-8").split("\n## ")[0])
     print(f"table: {run / 'results.md'}, plots beside it")
 
 

@@ -14,7 +14,7 @@ import functools, pathlib
 import torch
 
 from bases import TOY_UNSEEN, find_base, load_base, refuse_twin, reload_base, short_name, short_names
-from exports.portallib import run_of
+from exports.hub import run_of
 from portal import Converter, layers_of
 from runtime.files import ROOT, BadInput, read_json
 from runtime.flags import commas, parse, positive, run_main

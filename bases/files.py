@@ -1,7 +1,7 @@
 """The files that a base is loaded from: which ones, whether all its weights are in them, how they are quantised, and
 their fingerprint. Whatever transformers would replace by random numbers or leave out is refused here.
 """
-import hashlib, json, mmap, re
+import contextlib, hashlib, json, mmap, os, pathlib, re
 
 import safetensors
 import torch
@@ -9,7 +9,7 @@ import transformers
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from runtime.files import BadInput, read_json
+from runtime.files import BadInput, read_json, unreadable
 
 PLAIN = "F64", "F32", "F16", "BF16"                                                  # dtypes of unquantised weights
 DEQUANTISED = "fp8", "mxfp4"                      # block-wise formats that are read as plain weights, in --dtype
@@ -44,6 +44,15 @@ def weight_files(folder, gguf=None, listed=None):
         raise BadInput(f"base {folder}: {path.name} lists {', '.join(missing[:3]) or 'no files'}"
                        f"{' ...' * (len(missing) > 3)}, not in the folder ({len(missing)} of {len(shards)} shards)")
     return [folder / shard for shard in shards]
+
+
+def refuse_unreadable(name, folder, gguf=None):
+    """Raises BadInput, with the cause, if a file that a base's folder is loaded from is there but cannot be read."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        for file in [gguf] if gguf else sorted(os.listdir(folder)):
+            if gguf or file in TOKENIZER or re.search(r"config\.json$|\.safetensors(\.index\.json)?$", file):
+                if os.path.lexists(folder / file) and (why := unreadable(folder / file)):
+                    raise BadInput(f"base {name!r}: {folder / file} is not readable: {why}")
 
 
 def refuse_adapter(name, folder):
@@ -188,6 +197,13 @@ def fingerprint(folder, files, gguf=None):
         held.append(read_json(path).get("eos_token_id"))
     return {"weights": digest(tensors), "config": digest(plain(read_json(folder / "config.json"))),
             "tokenizer": digest(held)}
+
+
+def fingerprint_at(folder, gguf=None):
+    """Returns the fingerprint of the base in a folder, or in a .gguf file of it. Raises BadInput."""
+    folder = pathlib.Path(folder)
+    config = {} if gguf else read_json(folder / "config.json")
+    return fingerprint(folder, weight_files(folder, gguf, config.get("transformers_weights")), gguf)
 
 
 def refuse_twin(base, others):

@@ -15,11 +15,11 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from bases.files import (BITS, DEQUANTISED, check_complete, check_purpose, check_values, dequantised, fingerprint,
-                         quantisation, refuse_adapter, right_tokenizer, weight_files)
+                         quantisation, refuse_adapter, refuse_unreadable, right_tokenizer, weight_files)
 from bases.frozen import Base
 from bases.tokens import prepare
 from runtime.distributed import RANK
-from runtime.files import ROOT, BadInput, first_line
+from runtime.files import PLAIN, ROOT, BadInput, as_nfc, first_line, plain, unreadable
 
 HUB = {
     "qwen3-0.6b": "Qwen/Qwen3-0.6B", "qwen3-1.7b": "Qwen/Qwen3-1.7B", "qwen3-4b": "Qwen/Qwen3-4B",
@@ -65,8 +65,8 @@ def source_of(spec):
     path = path.absolute()
     path = path.resolve() if path.name == ".." else path
     if path.suffix == ".gguf":
-        return Source(path.stem.lower(), str(path.parent), None, path.name, str(path))
-    return Source(path.name.lower(), str(path), None, None, spec if spec in TOY else str(path))
+        return Source(as_nfc(path.stem.lower()), str(path.parent), None, path.name, str(path))
+    return Source(as_nfc(path.name.lower()), str(path), None, None, spec if spec in TOY else str(path))
 
 
 def short_name(spec):
@@ -84,6 +84,9 @@ def resolve(spec):
             raise BadInput(f"base {spec!r}: a folder {path} is here, which has the name of its hub id; rename it, or "
                            f"name it as ./{path}")
         return source
+    if path.is_symlink() and not path.exists():
+        raise BadInput(f"base {spec!r} is {unreadable(path)}")
+    refuse_unreadable(source.name, pathlib.Path(source.where), source.gguf)
     if path.is_dir() and not (path / "config.json").is_file():
         adapter = (path / "adapter_config.json").is_file()
         raise BadInput(f"base {spec!r} is a folder but not a model: it has no config.json"
@@ -92,6 +95,8 @@ def resolve(spec):
         raise BadInput(f"base {path} is one part of a split file; llama-gguf-split --merge makes one file of all parts")
     if "@" in source.name:                                                           # it comes before n in file names
         raise BadInput(f"base {path.name!r}: the name of a folder or .gguf file may have no @; rename it")
+    if not plain(source.name):
+        raise BadInput(f"base {spec!r}: its name names files in a run; rename it: accepted is {PLAIN}")
     if not (path.is_file() if source.gguf else path.is_dir()):
         why = "there is no such .gguf file; " * bool(source.gguf) + "a file; name its folder; " * path.is_file()
         raise BadInput(f"unknown base {spec!r}: {why}accepted are {', '.join([*TOY, *HUB])}, a hub id "
@@ -116,23 +121,6 @@ def same(source, other):
     """Whether two Sources are one base: the same hub id, or paths that lead to one file or folder."""
     paths = [pathlib.Path(each.where, each.gguf or "") for each in (source, other)]
     return paths[0] == paths[1] or all(path.exists() for path in paths) and paths[0].samefile(paths[1])
-
-
-def find_base(held, spec, run):
-    """Returns the tag of the base of a run that `spec` names: the tag itself, a short name, or whatever leads to the
-    base recorded: its alias, hub id (with the revision asked for at the time, or the commit), folder or .gguf file.
-    held {tag: provenance}. Raises BadInput, also for a base of the same short name from somewhere else."""
-    source = source_of(spec)
-    if os.sep not in spec and source.name in held:
-        return source.name
-    for tag, p in held.items():
-        if same(source, source_of(p["id"])) and source.revision in (None, p["revision"], p.get("requested") or "main"):
-            return tag
-    if p := held.get(source.name):
-        its = "@".join(filter(None, (p["id"], p["revision"])))
-        raise BadInput(f"base {spec!r} is not the base {source.name} of {run}, which is {its}")
-    raise BadInput(f"base {spec!r} is not in {run}; it holds {', '.join(held) or 'none'}; "
-                   "python port.py --to NAME adds one")
 
 
 # ---------------------------------------------------------------------------------------------- loading
@@ -272,25 +260,4 @@ def load_base(spec, device="cpu", dtype=torch.float32, recompute=False, device_m
         fingerprint=fingerprint(folder, files, source.gguf)))
     if recompute:
         base.recompute_layers()
-    return base
-
-
-def recorded(p):
-    """Returns the Source of a base with provenance p: its id, at the commit and under the name recorded."""
-    source = resolve(p["id"])
-    if not source.on_hub and p["id"] not in TOY and not os.path.isabs(p["id"]):
-        raise BadInput(f"base {p['id']}, a hub id, has the name of a folder here; rename the folder")
-    return source._replace(name=p["base"], revision=p["revision"] if source.on_hub else None)
-
-
-def reload_base(provenance, *args, allow_changed=False, **options):
-    """Returns load_base of the id and commit in a converter's provenance, under the name that its files have. Raises
-    BadInput if its files are no longer those that the converter was fitted on, unless allow_changed."""
-    source = recorded(provenance)
-    base = load_base(source, *args, **options)
-    before = provenance.get("fingerprint") or {}
-    changed = [part for part, digest in before.items() if digest != base.provenance["fingerprint"].get(part)]
-    if changed and not allow_changed:
-        raise BadInput(f"base {base.name}: {' and '.join(changed)} in {source.where} are not those that its converter "
-                       "was fitted on; restore them, fit it again, or go on with --allow-changed-base")
     return base

@@ -97,7 +97,7 @@ def copy_rest(where, folder, files, before, after):
             new.parent.mkdir(parents=True, exist_ok=True)
             if index and before != after and "total_size" in index.get("metadata", {}):
                 index["metadata"]["total_size"] = after
-                new.write_text(json.dumps(index, indent=2) + "\n")
+                new.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
             else:
                 shutil.copyfile(old, new)
     if left:

@@ -6,7 +6,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from bases import resolve, short_name
+from bases import located, short_name
 from portal import Adapters
 from runtime.files import BadInput, read_json, write_json
 from runtime.saved import load_tensors, save_tensors
@@ -20,7 +20,7 @@ EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}  # PEF
 
 def origin(p):
     """Returns the base's hub id, its folder or its .gguf file."""
-    source = resolve(p["id"])
+    source = located(p["id"])
     return f"{source.where}/{source.gguf}" if source.gguf else source.where
 
 

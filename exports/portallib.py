@@ -2,19 +2,17 @@
 
 Its tensors are the latents, the core and that base's converter of a Portal with norm="none", under other names.
 """
-import collections, hashlib, pathlib, re
+import collections, hashlib
 
-import huggingface_hub, safetensors
+import safetensors
 import torch
 from torch.nn.utils import parameters_to_vector
 
 from bases import resolve
 from portal import MODULES, Config, Converter, Portal, group_sites, layers_of
-from runtime.distributed import RANK, barrier
-from runtime.files import BadInput, first_line, read_json, remove, today, write_json
-from runtime.run_folder import LOCKS, OUT, lock, new_folder, occupied
-from runtime.saved import (load_config, load_portal, load_tensors, plain, provenances, save_converter, save_portal,
-                           save_tensors)
+from runtime.files import BadInput, plain, read_json, remove, today, unreadable, write_json
+from runtime.run_folder import LOCKS, lock, new_folder, occupied
+from runtime.saved import load_config, load_portal, load_tensors, save_converter, save_portal, save_tensors
 from tasks.rows import load_tasks
 
 FORMAT = {"format_version": 1, "library_name": "portallib", "architecture": "canonical", "task_type": "CAUSAL_LM"}
@@ -23,19 +21,6 @@ SIZES = {"rank": "rank", "alpha": "alpha", "d_z": "d_z", "d_e": "d_layer", "hidd
 NAMES = {"z": "task_latents", "W1": "core.l1", "W2": "core.l2", "film": "core.film", "head_A": "core.A",
          "head_B": "core.B", "e": "alignment.layer_embeddings.weight", "P_in": "alignment.input",
          "P_out": "alignment.output"}
-
-
-def fetch(spec):
-    """Returns the folder of an artifact: `spec`, a path, or where the hub's org/name[@revision] was downloaded to.
-    Raises BadInput if it cannot be."""
-    hub = re.fullmatch(r"(\w[\w.-]*/[\w.-]+)(?:@([\w./-]+))?", str(spec))
-    if spec.exists() or spec.parent.exists() or not hub:
-        return spec
-    try:
-        return pathlib.Path(huggingface_hub.snapshot_download(
-            hub[1], revision=hub[2], allow_patterns=["config.json", "model.safetensors"]))
-    except Exception as error:                                                       # of the network or the hub
-        raise BadInput(f"{spec} is no folder, and could not be loaded from the hub: {first_line(error)}")
 
 
 def is_artifact(folder):
@@ -50,8 +35,8 @@ def digest_of(folder):
     try:
         with open(folder / "model.safetensors", "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise BadInput(f"{folder}: not an artifact ({error.strerror}: model.safetensors)")
+    except OSError:
+        raise BadInput(f"{folder}: not an artifact ({unreadable(folder / 'model.safetensors')}: model.safetensors)")
 
 
 def state_of(portal, base):
@@ -206,21 +191,3 @@ def import_artifact(artifact, run, ported=False, n=None, seed=None, data=None, o
                 save_portal(folder, portal)
                 add(folder, dict(config=vars(portal.cfg), bases=[], seed=None, data=None, trained=today()))
     print(f"{name}: read from {artifact} into {run}")
-
-
-def run_of(spec):
-    """Returns the run out/<name> that holds the portallib artifact `spec`, a folder or a hub id, reading it first if
-    need be, or `spec` if that is no artifact, a run folder or None. Raises BadInput."""
-    if spec is None or (spec / "portal.json").exists():
-        return spec
-    folder = fetch(spec)
-    if not is_artifact(folder):
-        return spec
-    run = OUT / (folder.resolve().name if folder is spec else spec.name.partition("@")[0])
-    if run.resolve() == folder.resolve():                                            # an artifact in out/
-        run = run.with_name(f"{run.name}-run")
-    held = provenances(run).values() if (run / "portal.json").exists() else ()
-    if RANK == 0 and digest_of(folder) not in [p.get("artifact") for p in held]:
-        import_artifact(folder, run)
-    barrier()
-    return run

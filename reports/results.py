@@ -4,7 +4,7 @@ import contextlib, functools, os, pathlib, platform, re, subprocess
 import numpy as np
 import torch
 
-from runtime.files import ROOT, each_line, read_json, write_whole
+from runtime.files import ROOT, each_line, first_line, read_json, write_whole
 
 
 def pack(correct):
@@ -48,7 +48,7 @@ def read_results(run):
 def hardware():
     """The processor, GPU and torch version, as one line."""
     info = pathlib.Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.+)", info.read_text(), re.M) if info.exists() else []
+    names = re.findall(r"^model name\s*: (.+)", info.read_text("utf-8", "replace"), re.M) if info.exists() else []
     cpu = names[0] if names else platform.processor() or platform.machine()
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{cpu}, {os.cpu_count()} cores{gpu}, torch {torch.__version__}"
@@ -62,17 +62,30 @@ def commit():
 
 @contextlib.contextmanager
 def drawing(path, width, columns=1):
-    """Yields matplotlib axes (or an array of `columns` axes), saved as a PNG at `path` afterwards."""
+    """Yields matplotlib axes (or an array of `columns` axes), saved as a PNG at `path` afterwards. Any text is a label
+    as it is."""
+    os.environ["MPLBACKEND"] = "agg"                                                 # a notebook's may not be installed
+    import matplotlib
     from matplotlib.figure import Figure
-    figure = Figure((width, 3.6), layout="tight")
-    yield figure.subplots(ncols=columns)
-    write_whole(path, lambda p: figure.savefig(p, format="png", dpi=110))
+    with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False}):
+        figure = Figure((width, 3.6), layout="tight")
+        yield figure.subplots(ncols=columns)
+        write_whole(path, lambda p: figure.savefig(p, format="png", dpi=110))
+
+
+def draw(plot, path, *what):
+    """Calls plot(path, *what), after the numbers are written. A plot that fails is a printed line."""
+    try:
+        plot(path, *what)
+    except Exception as error:                                                       # of matplotlib, whatever it is
+        print(f"{path}: not drawn ({first_line(error)}); the table is whole")
 
 
 def plot(path, title, tasks, bars):
     """Draws bars {method: [a value for each task]} as a PNG."""
-    from pandas import DataFrame
     with drawing(path, 2 + 0.8 * len(tasks)) as axes:
-        DataFrame(bars, tasks).plot.bar(ax=axes, width=0.8, ylim=(0, 1), ylabel="acc_norm", title=title)
+        for k, (method, values) in enumerate(bars.items()):
+            axes.bar(np.arange(len(tasks)) + 0.8 * ((k + 0.5) / len(bars) - 0.5), values, 0.8 / len(bars), label=method)
+        axes.set(ylim=(0, 1), ylabel="acc_norm", title=title)
         axes.set_xticks(range(len(tasks)), tasks, rotation=35, ha="right")
         axes.legend(ncols=len(bars), loc="lower center", bbox_to_anchor=(0.5, 1.08), frameon=False)

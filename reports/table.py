@@ -1,5 +1,5 @@
 """The table of a run, results.md, and its plots, drawn from results.jsonl alone."""
-from reports.results import hardware, plot, read_results
+from reports.results import draw, hardware, plot, read_results
 from runtime.files import read_json, write_whole
 from score import lift
 
@@ -11,7 +11,7 @@ ABOUT = ("Macro averages over the tasks. `best`: the epoch selected on rows held
 
 
 def write_results(run, tasks):
-    """results.md and one bar plot a base, drawn from results.jsonl alone."""
+    """results.md and then one bar plot a base, drawn from results.jsonl alone. A plot that fails is a printed line."""
     found, saved = read_results(run), read_json(run / "portal.json")
     seen, added = [b["base"] for b in saved["bases"]], saved.get("added", {})
     rows, seeds = (sorted({row[key] for cells in found.values() for row in cells.values()}) for key in ("rows", "seed"))
@@ -25,7 +25,7 @@ def write_results(run, tasks):
                        for task, how in added.items()), "",
              "| base | role | n | method | acc_norm best | acc_norm final | log_loss best | recovered lift "
              "| retention |", "|---" * 9 + "|"]
-    notes, details = [], []
+    notes, details, plots = [], [], []
     def order(key):                                                               # seen bases first, as they were named
         return (seen.index(key[0]) if key[0] in seen else len(seen), *key)
     fitted = {key[:2] for key in found if key[1]}
@@ -41,13 +41,20 @@ def write_results(run, tasks):
         lines += table_rows(base, n, "seen" if base in seen else "unseen", cells, common)
         details += ["", f"## {base}, n = {n}: acc_norm of the selected epoch", "",
                     "| task | " + " | ".join(cells) + " |", "|---" * (len(cells) + 1) + "|"]
-        details += ["| " + " | ".join([t, *(f"{c['best'][t]['acc_norm']:.3f}" for c in cells.values())]) + " |"
+        details += ["| " + " | ".join([cell(t), *(f"{c['best'][t]['acc_norm']:.3f}" for c in cells.values())]) + " |"
                     for t in common]
         plotted = [m for m in ("base", "cross_lora", "lora", "portal") if m in cells] or [*cells]
-        plot(run / f"{base}-n{n}.png", f"{base}, n = {n} a task", common,
-             {m: [cells[m]["best"][t]["acc_norm"] for t in common] for m in plotted})
-    notes = [text for note in notes for text in ("", note)]
-    write_whole(run / "results.md", lambda p: p.write_text("\n".join(lines + notes + details) + "\n"))
+        plots.append((run / f"{base}-n{n}.png", f"{base}, n = {n} a task", common,
+                      {m: [cells[m]["best"][t]["acc_norm"] for t in common] for m in plotted}))
+    text = "\n".join([*lines, *(text for note in notes for text in ("", note)), *details]) + "\n"
+    write_whole(run / "results.md", lambda p: p.write_text(text, encoding="utf-8"))
+    for each in plots:
+        draw(plot, *each)
+
+
+def cell(text):
+    """Returns a text as a cell of a Markdown table, in which | separates cells."""
+    return text.replace("|", "\\|")
 
 
 def comparable(cells, task):
@@ -69,7 +76,7 @@ def table_rows(base, n, role, cells, tasks):
         acc = mean(m, "best", "acc_norm")
         share = None if m == "base" or None in (low, high) else lift(acc, low, high)
         lines.append("| " + " | ".join([
-            base, role, "-" if m == "base" else str(n), m, f"{acc:.3f}", f"{mean(m, 'final', 'acc_norm'):.3f}",
+            cell(base), role, "-" if m == "base" else str(n), m, f"{acc:.3f}", f"{mean(m, 'final', 'acc_norm'):.3f}",
             f"{mean(m, 'best', 'log_loss'):.3f}", "-" if share is None else f"{100 * share:.0f}%",
             f"{100 * acc / high:.0f}%" if high else "-"]) + " |")
     return lines

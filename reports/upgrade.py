@@ -4,7 +4,7 @@ from collections import Counter
 import numpy as np
 
 from bases import find_base
-from reports.results import drawing, read_results, unpack
+from reports.results import draw, drawing, read_results, unpack
 from runtime.files import BadInput, write_json, write_whole
 
 MARGIN, REPLICATES, SEED = 0.03, 2000, 0
@@ -125,7 +125,7 @@ def write(run, found, rows):
         text = (f"# From {old} to {new}\n\n" + "\n".join(table(report)) + f"\n\n![](<{name}.png>)\n\n"
                 "Before and after: acc_norm of the base with PorTAL's adapters" + ", exact match for " * bool(exact)
                 + f"{', '.join(exact)}. Prompts answered right and now wrong: `now_wrong` in {name}.json.\n\n{RULE}")
-        plot(run / f"{name}.png", report)
         write_json(run / f"{name}.json", report)
-        write_whole(run / f"{name}.md", lambda p: p.write_text(text))
+        write_whole(run / f"{name}.md", lambda p: p.write_text(text, encoding="utf-8"))
+        draw(plot, run / f"{name}.png", report)
         print(text)

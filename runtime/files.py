@@ -2,7 +2,7 @@
 
 Of several processes (distributed.py), all of which come to the same write, only rank 0 writes.
 """
-import contextlib, datetime, json, math, os, pathlib
+import contextlib, datetime, json, math, os, pathlib, re, unicodedata
 
 import safetensors
 import torch
@@ -26,11 +26,65 @@ def out_of_memory(error):
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
+LFS = b"version https://git-lfs"
+
+
+def unreadable(path):
+    """Returns why a file that is there cannot be read, or None."""
+    try:
+        with open(path, "rb") as file:
+            pointer = file.read(len(LFS)) == LFS
+        return "a Git LFS pointer, not the file itself: git lfs pull fetches it" if pointer else None
+    except OSError as error:
+        dangling = path.is_symlink() and not os.path.exists(path)
+        return f"a link to {os.readlink(path)}, where nothing is" if dangling else error.strerror
+
+
+def plain(name):
+    """Whether a name may be that of a task or base, which names files: text in UTF-8 of at most 200 bytes, without
+    control characters, that does not lead out of its folder."""
+    return (isinstance(name, str) and name not in ("", ".", "..") and len(name.encode(errors="replace")) <= 200
+            and not re.search(r"[/\\\0-\x1f\x7f\ud800-\udfff]", name))
+
+
+def as_nfc(name):
+    """Returns a name in Unicode's normal form C: some file systems and archives turn é into e and an accent."""
+    return unicodedata.normalize("NFC", name)
+
+
+PLAIN = "a name in UTF-8, at most 200 bytes, without / \\ and control characters"     # what `plain` accepts
+
+
+def leftovers(folder, form):
+    """Returns the paths in a folder whose whole name has the form (a regular expression), and whose number, its last
+    group, is that of no process of this machine: what a killed command has left."""
+    def dead(number):
+        try:
+            os.kill(int(number), 0)
+        except (ProcessLookupError, OverflowError):
+            return True
+        except PermissionError:                                                      # another user's process
+            pass
+        return False
+    names = os.listdir(folder) if folder.is_dir() and os.access(folder, os.R_OK) else ()
+    found = filter(None, (re.fullmatch(form, name) for name in sorted(names)))
+    return [folder / each[0] for each in found if dead(each[each.lastindex])]
+
+
+def as_the_umask_says(path):
+    """Gives a file the permissions that other new files have: some writers (safetensors) keep theirs for the owner."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+
+
 @contextlib.contextmanager
 def writing(path):
     """Turns what the file system refuses inside (a full disk, no permission) into a BadInput that names `path`."""
     try:
         yield
+    except BrokenPipeError:                                                          # of a print: see flags.run_main
+        raise
     except (OSError, safetensors.SafetensorError) as error:
         raise BadInput(f"{path}: not written ({getattr(error, 'strerror', None) or first_line(error)}); "
                        "what was saved before is untouched")
@@ -40,11 +94,14 @@ def write_whole(path, write):
     """Calls write(temporary path) and renames: `path` holds the old file or the new one, whole. Raises BadInput."""
     if RANK:
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left in leftovers(path.parent, rf"\.{re.escape(path.name)}\.tmp(\d+)"):
+            left.unlink(missing_ok=True)
         try:
             write(temporary)
+            as_the_umask_says(temporary)
             os.replace(temporary, path)
         finally:
             with contextlib.suppress(OSError):
@@ -68,15 +125,15 @@ def not_finite(value, name=""):
 
 def write_json(path, value):
     text = as_json(path, value, indent=1)
-    write_whole(path, lambda p: p.write_text(text + "\n"))
+    write_whole(path, lambda p: p.write_text(text + "\n", encoding="utf-8"))
 
 
 def read_json(path):
     """The value in a JSON file. Raises BadInput if it is missing or malformed."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: not readable as JSON ({error})")
+        raise BadInput(f"{path}: not readable as JSON ({unreadable(path) or error})")
 
 
 def each_line(path, use, what):
@@ -85,20 +142,20 @@ def each_line(path, use, what):
     def no_number(text):
         raise ValueError(f"{text} is no number in JSON")
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: not readable ({error})")
+        raise BadInput(f"{path}: not readable ({unreadable(path) or error})")
     for number, line in enumerate(lines, 1):
         try:
             use(json.loads(line, parse_constant=no_number))
         except (ValueError, KeyError, TypeError) as error:
-            raise BadInput(f"{path}:{number}: not {what} ({first_line(error)})")
+            raise BadInput(f"{path}:{number}: not {what} ({unreadable(path) or first_line(error)})")
 
 
 def read_jsonl(path):
     """Returns the values of a JSON lines file, [] if there is no such file. Raises BadInput: see each_line."""
     values = []
-    if path.exists():
+    if os.path.lexists(path):
         each_line(path, values.append, "JSON")
     return values
 

@@ -2,7 +2,7 @@
 
 A command calls `parse(__doc__, "its flags", ...)` in `main(argv)` and is started by `run_main(main)`.
 """
-import argparse, pathlib, sys
+import argparse, os, pathlib, re, sys
 
 import torch
 
@@ -12,12 +12,25 @@ from runtime.run_folder import LOCKS
 
 
 def run_main(main):
-    """Runs main(). BadInput and lack of memory end as one line on stderr and exit code 2, Ctrl-C as exit code 130."""
+    """Runs main(). BadInput and lack of memory end as one line on stderr and exit code 2, Ctrl-C as exit code 130; a
+    reader that has closed our pipe (| head) ends it in silence, with the code that a shell gives for that, 141."""
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":  # in a run, names are UTF-8
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "PYTHONUTF8": "1"})
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")                            # prints a name that is not UTF-8
     try:
         distributed.start()
-        with LOCKS:
-            main()
+        try:
+            with LOCKS:
+                main()
+        finally:
+            print(end="", flush=True)                                                # stdout may be closed: None
         distributed.stop()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())               # or Python reports it at the end
+        distributed.leave(141)
+        raise SystemExit(141)
     except BadInput as error:
         fail(f"error: {error}")
     except KeyboardInterrupt as stop:
@@ -102,6 +115,10 @@ def seed(text):
     refuse(text, "a whole number from 0 to 2^63 - 1 is")
 
 
+def hub_id(text):
+    return text if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) else refuse(text, "org/name, a repository on the hub, is")
+
+
 def data_folder(text):
     """The folder that --data names; `everyday` is that of the tasks which come with the code (./everyday is not)."""
     return ROOT / "tasks" / "everyday" if text == "everyday" else pathlib.Path(text)
@@ -155,8 +172,9 @@ FLAGS = {
         "allow-changed-base": dict(SWITCH, help="go on with a base whose files are no longer those of the fit"),
         "recompute": dict(SWITCH, help="keep no layer's inner activations: less memory, more time")},
     "the run and its files": {
-        "run": dict(FOLDER, help="run folder (train: out/<bases>; else the run trained last)"),
+        "run": dict(FOLDER, help="run folder (train: out/<bases>; else the run trained last), or org/name on the hub"),
         "out": dict(FOLDER, help="the folder to write"),
+        "push": dict(type=hub_id, metavar="ORG/NAME", help="upload the run, or with --to PEFT folders, to the hub"),
         "merge": dict(SWITCH, help="write the whole model with the adapter in its weights (stored as --dtype)"),
         "portallib": dict(SWITCH, help="write a portallib artifact: all tasks on one base"),
         "overwrite": dict(SWITCH, help="replace what the run folder already holds"),

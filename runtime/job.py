@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from runtime.distributed import NO_BAR, RANK
-from runtime.files import BadInput, append_jsonl, out_of_memory, today
+from runtime.files import BadInput, append_jsonl, out_of_memory, today, unreadable
 from runtime.resume import digest, learner_state, place_lines, restore_learner
 from runtime.saved import save_tensors
 
@@ -155,7 +155,7 @@ class Job:
     def identify(self, rows):
         """A digest of all that the fit's numbers follow from. Not of max_tokens and the device, which change rounding
         alone: a fit that ran out of memory may go on with a smaller --max-tokens."""
-        facts = [[base.name, base.provenance, str(base.model.dtype)] for base in self.bases]
+        facts = [[base.name, {**base.provenance, "id": None}, str(base.model.dtype)] for base in self.bases]
         facts += [[learner.tasks, learner.rounds, learner.schedule.base_lrs] for learner in self.learners]
         weights = [p for base in self.bases for p in base.model.parameters()]      # a folder may hold another model now
         return digest([self.what, facts, rows, (self.n_epochs, self.batch_size, self.seed)],
@@ -171,7 +171,8 @@ class Job:
                 same = note["identity"] == self.identity
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys() if same}
         except (OSError, safetensors.SafetensorError, TypeError, KeyError, ValueError) as error:
-            raise BadInput(f"{self.path}: not a whole state file ({error}); delete it to start over")
+            raise BadInput(f"{self.path}: not a whole state file ({unreadable(self.path) or error}); delete it to "
+                           "start over")
         place_lines(self.log, note["at"]["lines"], keep=same)
         if not same:
             return print(f"{self.what} starts from round 0: {self.path} belongs to another configuration")

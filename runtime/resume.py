@@ -27,10 +27,10 @@ def digests_of(rows):
 def place_lines(path, rows, keep=True):
     """Makes `rows` the last lines of a .jsonl file, each once, held already or not; keep=False: takes them out."""
     ours = [json.dumps(row) for row in rows]
-    before = path.read_text().splitlines() if path.exists() else []
+    before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     after = [line for line in before if line not in ours] + (ours if keep else [])
     if after != before:
-        write_whole(path, lambda p: p.write_text("".join(line + "\n" for line in after)))
+        write_whole(path, lambda p: p.write_text("".join(line + "\n" for line in after), encoding="utf-8"))
 
 
 def state_file(run, fit):

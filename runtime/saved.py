@@ -6,7 +6,8 @@ import torch, transformers
 
 from portal import Adapters, Config, Converter, Group, Portal
 from runtime.distributed import RANK
-from runtime.files import BadInput, out_of_memory, read_json, remove, today, write_json, write_whole
+from runtime.files import (PLAIN, BadInput, out_of_memory, plain, read_json, remove, today, unreadable, write_json,
+                           write_whole)
 from runtime.resume import forget, state_file
 from runtime.run_folder import new_folder, sibling
 
@@ -23,7 +24,8 @@ def load_tensors(path):
     try:
         tensors = safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
-        raise BadInput(f"{path}: not a whole safetensors file ({error}); restore it or repeat the command that made it")
+        raise BadInput(f"{path}: not a whole safetensors file ({unreadable(path) or error}); restore it or repeat the "
+                       "command that made it")
     if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise BadInput(f"{path}: {bad[0]} is not finite; restore it or repeat the command that made it")
     return tensors
@@ -87,13 +89,8 @@ def load_config(run):
         raise BadInput(f"{run / 'portal.json'}: not a PorTAL configuration ({error})")
     for name in names:
         if not plain(name):
-            raise BadInput(f"{run / 'portal.json'}: {name!r} is no name of a task or a base: it names files here")
+            raise BadInput(f"{run / 'portal.json'}: {name!r} is no name of a task or a base, which is {PLAIN}")
     return saved, cfg
-
-
-def plain(name):
-    """Whether a name read from a file may name a file or folder: it must not lead out of its folder."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not {"/", "\\", "\0"} & set(name)
 
 
 def provenances(run):

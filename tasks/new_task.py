@@ -7,20 +7,22 @@ ones: the core has seen no others. Nothing is drawn, so the start does not depen
 import torch
 
 from bases import find_base, reload_base
-from exports.portallib import run_of
-from runtime.files import BadInput, today, write_json
+from exports.hub import run_of
+from runtime.files import PLAIN, BadInput, as_nfc, plain, today, write_json
 from runtime.job import DryRun, Job
 from presets import preset, resolve_settings
 from runtime.resume import digests_of, forget, state_file
 from runtime.run_folder import find_run, lock
 from runtime.saved import load_config, load_portal, load_tensors, provenances, save_tensors
-from tasks.rows import load_tasks, sample
+from tasks.rows import load_tasks, named, sample
 
 
 def bases_for(args, run, saved, cfg):
-    """Returns {name: provenance} of the bases to fit on. Raises BadInput if the task cannot be added."""
+    """Returns the task's name and {name: provenance} of the bases to fit on. Raises BadInput if it cannot be added."""
     folder, added, seen = args.add_task.resolve(), saved.get("added", {}), {b["base"]: b for b in saved["bases"]}
-    task = folder.name
+    task = named(folder.name, cfg.tasks) or as_nfc(folder.name)
+    if not plain(task):
+        raise BadInput(f"--add-task: the name of {folder} names files; rename it: accepted is {PLAIN}")
     for flag in ("data", "tasks", "modules", "rank", "norm"):
         if getattr(args, flag):
             raise BadInput(f"--{flag} does not go with --add-task: the run has it already, and DIR is the task")
@@ -34,7 +36,7 @@ def bases_for(args, run, saved, cfg):
     names = dict.fromkeys(find_base(held, spec, run) for spec in args.bases or seen)
     if not names:
         raise BadInput(f"--bases: {run} has converters of {', '.join(held) or 'none'}; accepted are some of these")
-    return {name: held[name] for name in names}
+    return task, {name: held[name] for name in names}
 
 
 def new_latent(portal, trained):
@@ -50,8 +52,8 @@ def new_task(args):
     args: train.py's flags. Raises BadInput."""
     run = find_run(run_of(args.run))
     saved, cfg = load_config(run)
-    fitted_on, added, folder = bases_for(args, run, saved, cfg), saved.get("added", {}), args.add_task.resolve()
-    task, settings = folder.name, resolve_settings(args, preset(fitted_on), cfg.norm)
+    (task, fitted_on), added = bases_for(args, run, saved, cfg), saved.get("added", {})
+    folder, settings = args.add_task.resolve(), resolve_settings(args, preset(fitted_on), cfg.norm)
     seed = (saved["seed"] or 0) if args.seed is None else args.seed
     rows = {task: sample(load_tasks(folder.parent, [task])[task]["train"], settings["n"], seed)}
     bases = [reload_base(p, args.device, args.dtype, args.recompute, args.device_map,

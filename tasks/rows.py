@@ -11,7 +11,8 @@ import json, pathlib, random, unicodedata
 from collections import Counter
 from typing import NamedTuple
 
-from runtime.files import BadInput
+from runtime.files import PLAIN, BadInput, as_nfc, plain, unreadable
+from runtime.resume import digests_of
 
 
 class Row(NamedTuple):
@@ -95,13 +96,13 @@ def read_line(line, task):
         return None, ["prompt, choices and gold_idx are needed, or prompt and completion"]
     def blank(text):
         return not isinstance(text, str) or not as_read(text)
-    prompt, is_open = row["prompt"], "completion" in row
+    prompt, is_open, own = row["prompt"], "completion" in row, row.get("task", task)
     choices, gold = ([row["completion"]], 0) if is_open else (row["choices"], row["gold_idx"])
     if not (is_open or isinstance(choices, list) and len(choices) > 1 and all(isinstance(c, str) for c in choices)):
         choices = []
     name = "the completion" if is_open else "choice {}"
     checks = [
-        (row.get("task", task) != task, f"task is {row.get('task')!r} in the folder of {task!r}"),
+        (not (isinstance(own, str) and named(own, [task])), f"task is {own!r} in the folder of {task!r}"),
         (blank(prompt), "the prompt is empty"),
         (not blank(prompt) and visible(prompt)[-1].isspace(),
          "the prompt ends in white space; put it before what follows"),
@@ -119,11 +120,10 @@ def read_line(line, task):
 def read_rows(path, task, report=stop):
     """Return the good rows of one JSONL file, and call report("file:line: why") for each problem: training stops at the
     first one, --check collects them."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        report(f"{path}: not readable ({error})")
+    if why := unreadable(path):
+        report(f"{path}: not readable: {why}")
         return []
+    content = path.read_bytes()
     if b"\0" in content[:4]:                                                         # { is two or four bytes there
         report(f"{path}: not in UTF-8 but in UTF-16 or UTF-32; save it as UTF-8")
         return []
@@ -141,30 +141,46 @@ def read_rows(path, task, report=stop):
     return rows
 
 
-def load_tasks(folder, tasks=None, report=stop):
-    """Return {task: {"train": [Row], "eval": [Row]}} of a data folder: the tasks named, or all of them, sorted."""
+def named(task, names):
+    """Return the one of `names` that is `task` in any of Unicode's normal forms, or None."""
+    return task if task in names else next((name for name in names if as_nfc(name) == as_nfc(task)), None)
+
+
+def load_tasks(folder, tasks=None, report=stop, splits=("train", "eval")):
+    """Return {task: {"train": [Row], "eval": [Row]}} of a data folder, or of one of the splits: the tasks named, or all
+    of them, sorted. A task has its folder's name, in Unicode's normal form C unless it is named in another."""
     found = sorted({p.parent.name for p in folder.glob("*/*.jsonl") if p.stem in ("train", "eval")})
     if not found:
-        raise BadInput(f"{folder}: no tasks here; a task is a folder <task>/ with train.jsonl and eval.jsonl")
+        raise BadInput(f"{folder}: no tasks here{'' if folder.is_dir() else ', as there is no such folder'}; a task is "
+                       "a folder <task>/ with train.jsonl and eval.jsonl; --data DIR names the folder that holds it")
     for task in tasks or ():
-        if task not in found:
+        if not named(task, found):
             raise BadInput(f"unknown task {task!r}; {folder} holds {', '.join(found)}")
     data = {}
-    for task in tasks or found:
-        data[task] = {split: read_rows(folder / task / f"{split}.jsonl", task, report) for split in ("train", "eval")}
-        train, evaluation = data[task].values()
-        if train and evaluation and train[0].open != evaluation[0].open:
-            report(f"{folder / task}/eval.jsonl:1: {evaluation[0].kind} here, {train[0].kind} in train.jsonl")
+    for task in tasks or map(as_nfc, found):
+        own = folder / named(task, found)
+        if not plain(task) or task in data:
+            report(f"{own}: its name names files; rename it: accepted is {PLAIN}, each once")
+        data[task] = {split: read_rows(own / f"{split}.jsonl", task, report) for split in splits}
+        kinds = {rows[0].kind: split for split, rows in data[task].items() if rows}
+        if len(kinds) > 1:
+            report(f"{own}/eval.jsonl:1: {' here, '.join(reversed(kinds))} in train.jsonl")
     return data
 
 
-def load_run_tasks(saved, folder):
+def load_run_tasks(saved, folder, splits=("train", "eval")):
     """Return the tasks of a run (`saved`: its portal.json) in its order: those trained together, from `folder`, then
-    each task added later (train.py --add-task), from its own folder."""
+    each task added later (train.py --add-task), from its own folder, or, if that is no longer there, from `folder`.
+    Raises BadInput, also if its training rows there are not those that it was learned from."""
     added = saved.get("added", {})
-    data = load_tasks(folder, [task for task in saved["config"]["tasks"] if task not in added])
+    data = load_tasks(folder, [task for task in saved["config"]["tasks"] if task not in added], splits=splits)
     for task, how in added.items():
-        data |= load_tasks(pathlib.Path(how["folder"]).parent, [task])
+        own = pathlib.Path(how["folder"])
+        data |= load_tasks(own.parent if own.is_dir() else folder, [task], splits=splits)
+        if not own.is_dir() and "train" in splits and how.get("rows") != digests_of(
+                {task: sample(data[task]["train"], how["n"], how["seed"])})[task]:
+            raise BadInput(f"{folder / task}: not the rows that {task} was learned from, in {own}, which is no longer "
+                           "there; restore them, or learn it again (--add-task DIR --overwrite)")
     return data
 
 

@@ -167,10 +167,10 @@ def in_hub_cache(cache, folder, org_name, commit):
     for made in (snapshot, repo / "blobs", repo / "refs"):
         made.mkdir(parents=True, exist_ok=True)
     (repo / "refs" / "main").write_text(commit)
-    for path in folder.iterdir():
-        blob = repo / "blobs" / fingerprint(folder)[path.name]
-        blob.write_bytes(path.read_bytes())
-        (snapshot / path.name).symlink_to(blob)
+    for name, digest in fingerprint(folder).items():
+        (repo / "blobs" / digest).write_bytes((folder / name).read_bytes())
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).symlink_to(repo / "blobs" / digest)
     return snapshot
 
 

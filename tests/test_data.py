@@ -1,15 +1,16 @@
 """The JSONL format and its errors, sampling, tokens, and micro-batches."""
-import itertools, json, random, re, runpy
+import itertools, json, random, re, runpy, shutil
 
 import pytest
-from conftest import one_line, save_tiny, tiny_tokenizer, write_task
+from conftest import command, one_line, save_tiny, tiny_tokenizer, write_task
 from test_benchmarks import TASKS
 
-import data as data_command
+import data as data_command, train
 from bases import Item, encode
 from data import PASS, Cycle, Rounds, collate, micro_batches
 from runtime.files import ROOT, BadInput
 from runtime.flags import run_main
+from runtime.resume import digests_of
 from tasks.rows import Row, as_read, load_run_tasks, load_tasks, print_fewer, read_rows, sample
 
 GOOD = {"task": "t", "prompt": "w1 w2", "choices": [" w3", " w4"], "gold_idx": 1}
@@ -403,3 +404,42 @@ def test_rounds_skip_is_taking():
 def test_rounds_say_how_many_prompts_were_cut(capsys):
     assert some_rounds(length=2000)[2].cut == 34
     assert capsys.readouterr().out == "34 of 34 training prompts were cut from the left\n"
+
+
+def test_a_task_has_one_name_in_all_normal_forms(tmp_path):
+    """A folder é, written as one character or as two: what macOS and archives make of it. Two folders are twice one task."""
+    one, two = "\u00e9", "e\u0301"
+    write_task(tmp_path / "a", one), write_task(tmp_path / "b", two)
+    (a, rows), (b, other) = (next(iter(load_tasks(tmp_path / folder).items())) for folder in "ab")
+    assert a == b == one and [row.task for row in other["eval"]] == [one] * len(other["eval"])
+    for asked in (one, two):                                                         # as a run has it recorded
+        for folder in "ab":
+            assert list(load_run_tasks({"config": {"tasks": [asked]}}, tmp_path / folder)) == [asked]
+    write_task(tmp_path / "b", one)
+    with pytest.raises(BadInput, match="its name names files; rename it: accepted is a name in UTF-8.*, each once"):
+        load_tasks(tmp_path / "b")
+
+
+def test_a_name_that_can_name_no_file_is_refused_before_training(trained, world, capsys):
+    for name in ("win\\task", "a\nb", b"\xff".decode(errors="surrogateescape")):
+        shutil.copytree(world / "data" / "one", world / "d" / "task", dirs_exist_ok=True)
+        for path in (world / "d" / "task").glob("*.jsonl"):
+            path.write_text(path.read_text().replace('"task": "one", ', ""))
+        (world / "d" / "task").rename(world / "d" / name)
+        assert check(capsys, "--check", "d")[0] == 2
+        for flags in (["--data", "d"], ["--add-task", f"d/{name}", "--run", trained]):
+            assert command(train, "--bases", "./base-a", *flags) == 2
+            one_line(capsys, ["rename it: accepted is a name in UTF-8"])
+        assert not (world / "out" / "base-a").exists()
+        shutil.rmtree(world / "d")
+
+
+def test_an_added_task_that_moved_is_taken_from_the_data_folder(tmp_path):
+    write_task(tmp_path / "data", "a"), write_task(tmp_path / "data", "e")
+    rows = load_tasks(tmp_path / "data")
+    how = dict(folder=str(tmp_path / "gone" / "e"), n=4, seed=1, rows=digests_of({"e": sample(rows["e"]["train"], 4, 1)})["e"])
+    saved = {"config": {"tasks": ["a", "e"]}, "added": {"e": how}}
+    assert load_run_tasks(saved, tmp_path / "data") == rows
+    write_task(tmp_path / "data", "e", seed=5)
+    with pytest.raises(BadInput, match="data/e: not the rows that e was learned from, in .*gone/e, which is no longer there"):
+        load_run_tasks(saved, tmp_path / "data")

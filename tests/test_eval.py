@@ -1,7 +1,8 @@
 """A run with completions from training to results; --show; the table."""
-import json
+import json, shutil
 
 import pytest
+from matplotlib.figure import Figure
 from conftest import command, edit, fingerprint, one_line
 
 import eval as evaluation, train
@@ -125,7 +126,11 @@ def test_a_lora_of_another_base_or_quantisation_is_no_same_fit():
     now = dict(id="x", revision=None, n=8, seed=0, data="d", fingerprint={"weights": "1"}, rows={"one": "2"}, quantize="4bit")
     old = {k: v for k, v in now.items() if k not in ("fingerprint", "rows", "quantize")}
     assert evaluation.same_fit(now, now) and evaluation.same_fit(old, now) and evaluation.same_fit(now, {**now, "rows": None})
-    for key, value in dict(id="y", revision="r", n=9, seed=1, data="e", fingerprint={"weights": "0"}, rows={"one": "0"}, quantize=None).items():
+    for known in (now, {**now, "id": "y", "revision": "r", "data": "e"}):            # moved, with the same files and rows
+        assert evaluation.same_fit(known, now)
+    for key, value in dict(id="y", revision="r", data="e").items():                  # an older one does not say which
+        assert not evaluation.same_fit({**old, key: value}, now)
+    for key, value in dict(n=9, seed=1, fingerprint={"weights": "0"}, rows={"one": "0"}, quantize=None).items():
         assert not evaluation.same_fit({**now, key: value}, now)
 
 
@@ -168,3 +173,50 @@ def test_json_has_finite_numbers(tmp_path, opened, capsys):
         assert command(evaluation, "--run", opened, "--methods", "base") == 2
         one_line(capsys, ["results.jsonl:1: not a result row"])
         path.write_text(before)
+
+
+def test_data_that_moved_and_data_without_training_rows(opened, world, capsys):
+    """--data counts for LoRAs, too, guarded by the rows' digests; base and portal, fitted already, need rows of eval alone."""
+    for task in ("one", "say"):
+        (world / "only" / task).mkdir(parents=True)
+        shutil.copy(world / "data" / task / "eval.jsonl", world / "only" / task)
+    (world / "data").rename(world / "moved")
+    def fails(words, *argv):
+        capsys.readouterr()
+        assert command(evaluation, "--run", opened, *argv) == 2
+        one_line(capsys, words)
+    fails(["data: no tasks here, as there is no such folder", "--data DIR"], "--methods", "base")
+    assert command(evaluation, "--run", opened, "--methods", "base,portal", "--data", "only") == 0
+    fails(["only/one/train.jsonl: not readable: No such file"], "--methods", "lora", "--data", "only")
+    assert command(evaluation, "--run", opened, "--methods", "base,lora,portal", "--data", "moved") == 0
+    fitted = (opened / "baselines" / "lora" / "base-a.json").read_bytes()
+    (world / "moved").rename(world / "again")
+    assert command(evaluation, "--run", opened, "--methods", "lora", "--data", "again") == 0
+    assert (opened / "baselines" / "lora" / "base-a.json").read_bytes() == fitted
+    edit(world / "again" / "one" / "train.jsonl", 1, {"prompt": "w1 w2"})
+    fails(["again: the training rows of one are no longer those"], "--methods", "lora", "--data", "again", "--overwrite")
+
+
+def test_a_plot_is_no_reason_to_lose_a_table(tmp_path, monkeypatch, capsys):
+    """Any text is a label as it is; without a plot the table is whole."""
+    monkeypatch.setattr("reports.table.plot", plot)
+    monkeypatch.setenv("MPLBACKEND", "module://of_a_notebook")
+    names = ["cost_$5_vs_$10", "_a|b", "100% \\frac{", "日本"]
+    write_json(tmp_path / "portal.json", {"bases": [{"base": "a$_$"}]})
+    append_jsonl(tmp_path / "results.jsonl", *(dict(
+        method=method, base="a$_$", task=task, n=0 if method == "base" else 1, seed=0, select=select, acc_norm=0.5, log_loss=1.0, rows=2)
+        for method in ("base", "portal") for task in names for select in ("best", "final")))
+    labels, real = [], Figure.savefig
+    def savefig(figure, *args, **options):
+        real(figure, *args, **options)
+        labels.extend(label.get_text() for label in figure.axes[0].get_xticklabels())
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    write_results(tmp_path, names)
+    assert labels == names and (tmp_path / "a$_$-n1.png").read_bytes()[:4] == b"\x89PNG"
+    table = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert "| _a\\|b | 0.500 | 0.500 |" in table and "| cost_$5_vs_$10 | 0.500 |" in table
+    (tmp_path / "results.md").unlink()
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: 1 / 0)
+    write_results(tmp_path, names)
+    assert (tmp_path / "results.md").read_text(encoding="utf-8") == table
+    assert "a$_$-n1.png: not drawn (division by zero); the table is whole" in capsys.readouterr().out

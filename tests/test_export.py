@@ -246,7 +246,7 @@ def test_a_folder_beside_a_gguf_file_is_free_and_the_file_is_not(tmp_path, monke
     (tmp_path / "models").mkdir()
     source = source_of(str(tmp_path / "models" / "x.gguf"))
     export.check_free(tmp_path / "models" / "out", False, source)
-    (tmp_path / "README.md").write_bytes(b"\xff " + export.MARK.encode())           # no text in full
+    (tmp_path / "README.md").write_bytes(b"\xff " + export.LIST.format('["README.md"]').encode())  # no text in full
     for path in (tmp_path, tmp_path / "models" / "x.gguf", tmp_path / "models" / "x.gguf" / "new"):
         with pytest.raises(BadInput, match="is, holds or lies in the base, .*/models/x.gguf"):
             export.check_free(path, True, source)
@@ -389,3 +389,30 @@ def test_vllm_serves_several_tasks_from_one_base(tmp_path):
                               vllm.SamplingParams(temperature=0, max_tokens=1, ignore_eos=True),
                               lora_request=requests)
     assert [answer.outputs[0].token_ids[0] for answer in answers] == want
+
+
+def test_overwrite_replaces_what_an_export_wrote_alone(tmp_path, capsys):
+    """Of another kind of export, too, whose files would lie beside; a killed one's folder goes, and nothing of others."""
+    run, where = make_run(tmp_path, save_tiny(tmp_path / "tiny"))
+    (tmp_path / ".x.new999999").mkdir(), (tmp_path / ".x.news").mkdir(), (tmp_path / "y").mkdir()
+    argv = ["--run", run, "--to", "tiny", "--task", "one", "--out", tmp_path / "x"]
+    assert command(export, *argv, "--merge") == 0
+    assert sorted(p.name for p in tmp_path.glob(".x*")) == [".x.news"]
+    for name in (".git/HEAD", "notes.txt"):
+        (tmp_path / "x" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "x" / name).write_text("mine")
+    assert command(export, *argv, "--overwrite") == 0
+    assert set(fingerprint(tmp_path / "x")) == {"README.md", "adapter_config.json", "adapter_model.safetensors", ".git/HEAD", "notes.txt"}
+    (tmp_path / "x" / "config.json").write_text("mine")                              # the merged model has one, too
+    before = fingerprint(tmp_path / "x")
+    card = (tmp_path / "x" / "README.md").read_text()
+    capsys.readouterr()
+    assert command(export, *argv, "--merge", "--overwrite") == 2
+    one_line(capsys, ["x/config.json is in the way", "move it elsewhere"])
+    (tmp_path / "y" / "README.md").write_text(card.replace('["README.md"', '["README.md", "../notes.txt"'))
+    (tmp_path / "notes.txt").write_text("mine")
+    assert command(export, *argv[:-1], tmp_path / "y", "--overwrite") == 0           # a list that leads out of the folder
+    assert fingerprint(tmp_path / "x") == before and (tmp_path / "notes.txt").exists()
+    (tmp_path / "x" / "README.md").write_text("Exported by PorTAL.")                 # no list, as in earlier versions
+    assert command(export, *argv, "--overwrite") == 2
+    one_line(capsys, ["neither empty nor a folder that an export wrote", "--out DIR"])

@@ -302,3 +302,41 @@ def test_short_names(tmp_path):
         with pytest.raises(BadInput, match="two names of one base"):
             short_names(names)
     assert short_names([folder, "toy-gemma"]) == ["base", "toy-gemma"]
+
+
+def test_a_base_that_moved_is_the_one_with_its_fingerprint(trained, world, capsys):
+    """Under any name; everything that loads it takes the new place, also beside a LoRA that was fitted before."""
+    assert command(evaluation, "--bases", "base-a", "--methods", "base,lora") == 0
+    lora = (trained / "baselines" / "lora" / "base-a.json").read_bytes()
+    (world / "far").mkdir(), trained.rename(world / "far" / "run"), (world / "base-a").rename(world / "far" / "renamed")
+    def fails(module, words, *argv):
+        capsys.readouterr()
+        assert command(module, "--run", "far/run", *argv) == 2
+        one_line(capsys, words)
+    fails(evaluation, [f"there is no base at {world / 'base-a'} any more", "--bases"], "--methods", "base")
+    fails(evaluation, ["base './base-c' is not in far/run"], "--bases", "./base-c")
+    assert command(evaluation, "--run", "far/run", "--bases", "far/renamed,base-b", "--methods", "base,lora,portal") == 0
+    assert (world / "far" / "run" / "baselines" / "lora" / "base-a.json").read_bytes() == lora
+    assert command(export, "--run", "far/run", "--to", "far/renamed", "--task", "one", "--merge", "--out", "x") == 0
+    assert str(world / "far" / "renamed") in (world / "x" / "README.md").read_text()
+    assert command(port, "--run", "far/run", "--to", "./base-c", "--n", 4, "--epochs", 1, "--teacher", "far/renamed") == 0
+    (world / "far" / "renamed").rename(world / "far" / "base-a")
+    drift(world / "far" / "base-a", 1e-3)
+    fails(export, ["is not the base base-a of far/run", "its weights differ"], "--to", "far/base-a", "--task", "one", "--out", "y")
+
+
+@pytest.mark.parametrize("broken", ["model.safetensors", "tokenizer.json", "config.json", "x.gguf"])
+def test_a_file_that_is_not_there_in_truth_is_named_with_the_cause(world, capsys, broken):
+    """A Git LFS pointer or a link to nowhere, in place of a file of the base; the folder itself; a name that names no file."""
+    folder = world / "base-a"
+    base = folder / broken if broken.endswith("gguf") else folder
+    for make, words in ((lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\n"), "a Git LFS pointer, not the file itself"),
+                        (lambda p: p.symlink_to("gone"), "a link to gone, where nothing is")):
+        (folder / broken).unlink(missing_ok=True)
+        make(folder / broken)
+        assert command(train, "--bases", base, *QUICK) == 2
+        one_line(capsys, [broken, words])
+    (world / "link").symlink_to("nowhere"), (world / "base-b").rename(world / "win\\base")
+    for spec, words in (("./link", "a link to nowhere, where nothing is"), ("./win\\base", "rename it: accepted is a name in UTF-8")):
+        assert command(train, "--bases", spec, *QUICK) == 2
+        one_line(capsys, [words])

@@ -82,8 +82,8 @@ def test_every_other_file_arrives_byte_for_byte(tmp_path, capsys):
     assert model.generation_config.eos_token_id == [3, 2] and model.generation_config.top_k == 7
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("w1 w2").input_ids == [5, 6]
     capsys.readouterr()
-    (tmp_path / "README.md").write_text(export.MARK)
-    (base / "README.md").write_text(export.MARK)                                     # itself a merged model
+    (tmp_path / "README.md").write_text(export.LIST.format('["README.md"]'))
+    (base / "README.md").write_text(export.LIST.format('["README.md"]'))  # itself a merged model
     for out in (base, base / "new", tmp_path):                                       # the base would be overwritten
         assert command(export, *argv, "--out", out, "--overwrite") == 2
         one_line(capsys, ["the base", "--out"])

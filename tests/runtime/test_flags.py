@@ -1,11 +1,12 @@
 """The help of each command: every flag, in its group, with the presets' values."""
-import re
+import os, re, subprocess, sys
 
 import pytest
-from conftest import command
+from conftest import command, write_task
 
 import eval as evaluation, export, port, train
 from runtime import flags
+from runtime.files import ROOT
 
 @pytest.mark.parametrize("module", [train, port, evaluation, export])
 def test_the_help_has_every_flag_in_its_group_and_the_presets(module, capsys, monkeypatch):
@@ -36,3 +37,15 @@ def test_the_help_has_every_flag_in_its_group_and_the_presets(module, capsys, mo
         assert "(default: 77 on the toy, else 66)" in text and "padding included (default: 4096)" in text
     if module is train:
         assert "k,v,o,gate,up,down (default: q,v)" in text and "adapters (default: 8)" in text
+
+
+def test_any_locale_and_a_reader_that_leaves(tmp_path):
+    """As processes: a task named é where the locale is ASCII, and a pipe that is closed before the first line."""
+    write_task(tmp_path, "\u00e9")
+    check = [sys.executable, str(ROOT / "data.py"), "--check", str(tmp_path)]
+    ascii_alone = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(check, env=ascii_alone, capture_output=True)
+    assert done.returncode == 0 and "\u00e9: choices, train 12, eval 6".encode() in done.stdout, done.stderr
+    process = subprocess.Popen(check, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == (b"", 141)

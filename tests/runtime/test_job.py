@@ -1,6 +1,6 @@
 """Killed at any moment and started again: the numbers of an undisturbed run. Every SIGKILL here is a real one, of a fork of
 this process (which has torch loaded already)."""
-import itertools, json, os, pathlib, random, resource, shutil, signal, time
+import itertools, json, os, pathlib, random, re, resource, shutil, signal, time
 
 import pytest
 import torch
@@ -159,22 +159,26 @@ def test_a_killed_overwrite_leaves_the_old_run(trained):
 
 
 @forks
-def test_killed_while_two_folders_swap_names(trained):
-    """Between the two renames the run has no folder: the old one comes back under the lock, the new one after it."""
+def test_killed_while_one_run_takes_the_place_of_another(trained):
+    """Before the new one is whole, the old one stays; between two of its files the folder is no run, and the next
+    command completes it."""
     before, again = fingerprint(trained), [*TRAIN, "--overwrite", "--seed", "3"]
-    def prepare():
-        rename = pathlib.Path.rename
-        def dies_at_new(self, target):
-            if ".new" in self.name:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return rename(self, target)
-        pathlib.Path.rename = dies_at_new
-    assert end(start(train, *again, prepare=prepare)) == -signal.SIGKILL and not trained.exists()
+    def dies_at(owner, name, number):
+        def prepare():
+            calls, real = itertools.count(1), getattr(owner, name)
+            def dies(source, *args):
+                if re.search(r"/\.portal-(new|whole)\d+", str(source)) and next(calls) == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(source, *args)
+            setattr(owner, name, dies)
+        return prepare
+    assert end(start(train, *again, prepare=dies_at(pathlib.Path, "rename", 1))) == -signal.SIGKILL
     with run_folder.LOCKS:
         run_folder.lock(trained)
     assert fingerprint(trained) == before and beside(trained) == [f".{trained.name}.part"]
-    assert command(train, *again) == 0 and command(train, *TRAIN, "--seed", "3", "--run", "want") == 0
-    assert numbers(trained) == numbers(pathlib.Path("want")) and beside(trained) == []
+    assert end(start(train, *again, prepare=dies_at(shutil, "move", 3))) == -signal.SIGKILL and not (trained / "portal.json").exists()
+    assert run_folder.find_run(trained) == trained and command(train, *TRAIN, "--seed", "3", "--run", "want") == 0
+    assert numbers(trained) == numbers(pathlib.Path("want")) and not [p for p in trained.iterdir() if p.name.startswith(".")]
 
 
 # ---------------------------------------------------------------------------------------------- stopped, not killed
