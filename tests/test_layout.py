@@ -67,7 +67,7 @@ def test_nothing_is_imported_by_name():
 
 def test_the_rest_knows_the_room_of_bases_by_its_door():
     inside = {f"{name} imports {other}" for name in NAMES for other in OURS[name] if other.startswith("bases.") and not name.startswith("bases")}
-    assert {line for line in inside if line.rpartition(".")[2] in ("decoding", "files", "frozen", "load", "masks", "recorded", "sites", "tokens")} == set()
+    assert {line for line in inside if line.rpartition(".")[2] in ("decoding", "files", "frozen", "load", "masks", "of_run", "sites", "tokens")} == set()
 
 
 def test_what_stands_at_the_top_and_which_rooms_there_are():
