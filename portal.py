@@ -161,7 +161,9 @@ class Portal:
 
     def __init__(self, cfg):
         self.cfg = cfg
-        self.z = nn.Parameter(0.02 * torch.randn(len(cfg.tasks), cfg.d_z))           # [T, d_z]
+        # z starts as long as e: W1 reads [z ; e], and tasks that differ less than layers do look alike to the trunk.
+        std = (cfg.d_e / cfg.d_z) ** 0.5 if cfg.norm == "layer" else 0.02
+        self.z = nn.Parameter(std * torch.randn(len(cfg.tasks), cfg.d_z))            # [T, d_z]
         self.core = Core(cfg)
         self.converters = {}                                                         # {base name: Converter}
 

@@ -35,8 +35,7 @@ def score(base, adapters, items, max_tokens):
         found, parts = {}, micro_batches(items, max_tokens)
         for part in tqdm(parts, desc=f"scoring on {base.name}", unit="batch", delay=2, leave=False, disable=NO_BAR):
             batch = collate(part, base.device)
-            logits = full_precision(base.logits(batch, adapters))                    # [N, vocabulary]
-            log_p = logits[batch.source, batch.target] - logits.logsumexp(-1)[batch.source]  # [M]
+            log_p = -base.nll(batch, adapters)[1]                                    # [M]
             sums = torch.zeros(sum(len(item.continuations) for item in part), dtype=torch.float64, device=base.device)
             sums = iter(sums.index_add_(0, batch.owner, log_p.double()).tolist())
             found.update({id(item): [next(sums) for _ in item.continuations] for item in part})
@@ -69,6 +68,20 @@ def delta_ratio(base, adapters, items):
     for hook in hooks:
         hook.remove()
     return sum(found) / len(found)
+
+
+@torch.no_grad()
+def task_spread(adapters):
+    """Returns (shared, rank): the share of the energy of B that all T tasks have in common, |mean_t B_t|^2 / mean_t
+    |B_t|^2, and the effective rank of what tells them apart, at most T - 1: exp of the entropy of its squared singular
+    values' shares. Of the first group of Adapters; (1, 0) where nothing tells them apart."""
+    B = next(iter(adapters.B.values())).flatten(1).double()                          # [T, L d_out r]
+    apart = B - B.mean(0)
+    energies = torch.linalg.eigvalsh(apart @ apart.T).clamp(min=0)                   # [T]
+    if not energies.sum() > 0:
+        return 1.0, 0.0
+    shares = energies / energies.sum()
+    return float(1 - energies.sum() / B.square().sum()), float(torch.special.entr(shares).sum().exp())
 
 
 def full_precision(logits):

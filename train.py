@@ -10,20 +10,19 @@ A round is `batch_size` rows of every task on every base. Adapters are generated
 that mix the rows of all tasks leave their gradients on A and B; one backward pass takes those through the generator.
 """
 import torch
-import torch.nn.functional as F
 
 from bases import TOY_SEEN, load_base, refuse_twin, short_name, short_names
 from data import Rounds, collate, micro_batches, most_rounds, to_device
 from portal import MODULES, Config, Converter, Portal
+from presets import REAL, TOY, preset, resolve_settings
 from runtime.distributed import all_sum, shard
 from runtime.files import ROOT, BadInput, today
 from runtime.flags import parse, run_main, some_of
 from runtime.job import DryRun, Job
-from presets import REAL, TOY, preset, resolve_settings
 from runtime.resume import digests_of
 from runtime.run_folder import OUT, lock_for_training, sibling
 from runtime.saved import save_run
-from score import delta_ratio, evaluate, full_precision, macro
+from score import delta_ratio, evaluate, macro, task_spread
 from starts.teacher import answers, of_peft, taught
 from tasks.new_task import new_task
 from tasks.rows import load_tasks, print_fewer, sample
@@ -81,25 +80,22 @@ def task_gradients(base, adapters, items, max_tokens):
     applied there afterwards. Several processes (runtime/distributed.py) share the rows; each divides by the answer
     tokens of all, so that their losses and gradients add up."""
     leaf = adapters.map(lambda a: a.detach().requires_grad_())
-    tokens = torch.zeros(len(leaf.tensors()[0]))                                     # [T] answer tokens of each task
+    tokens = torch.zeros(len(leaf.tensors()[0]), dtype=torch.float64)                # [T] answer tokens of each task
     for item in items:
         assert item.weights or len(item.continuations) == 1, "training takes the gold continuation alone"
         tokens[item.task] += sum(w * len(own) for w, own in zip(item.weights or (1,), item.continuations))
-    soft = any(item.weights for item in items)
-    if soft and not base.packs:
+    if any(item.weights for item in items) and not base.packs:
         items = [one for item in items for one in item.rows()]
     tokens = to_device(tokens, base.device)
-    losses = torch.zeros_like(tokens)
+    losses = torch.zeros_like(tokens, dtype=torch.float32)
     for part in micro_batches(shard(items), max_tokens):
         batch = collate(part, base.device)
-        logits = full_precision(base.logits(batch, leaf))                            # [M, vocabulary]
         task = batch.task[batch.row]                                                 # [M]
-        nll = F.cross_entropy(logits[batch.source] if soft else logits, batch.target, reduction="none") / tokens[task]
-        if soft:
-            weights = [w for item in part for w in item.weights or (1,)]
-            nll = nll * to_device(torch.tensor(weights), base.device)[batch.owner]
-        nll.sum().backward()
-        losses.index_add_(0, task, nll.detach().float())
+        weights = [float(w) for item in part for w in item.weights or (1,)]
+        weight = to_device(torch.tensor(weights), base.device)[batch.owner] / tokens[task]  # [M]
+        loss, nll = base.nll(batch, leaf, weight)
+        loss.backward()
+        losses.index_add_(0, task, (weight * nll).float())
     gradients = [torch.zeros_like(a) if a.grad is None else a.grad for a in leaf.tensors()]  # None: an empty shard
     return all_sum(losses), [all_sum(g) for g in gradients]
 
@@ -154,7 +150,7 @@ def fit(job, bases, generate, learners, rows, step=one_round):
             with torch.no_grad():
                 adapters = {base.name: generate(base.name) for base in bases}
             scores = held_out_scores(bases, adapters, source, job.max_tokens)
-            job.record_scores(scores, delta_ratios(bases, adapters, source))
+            job.record_scores(scores, delta_ratios(bases, adapters, source), [*map(task_spread, adapters.values())])
             for learner in learners:
                 learner.keep_best(epoch, scores)
         job.compare(lambda: held_out_scores(bases, {}, source, job.max_tokens))

@@ -13,8 +13,10 @@ from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 import bases.decoding as decoding
+import bases.heads as heads
 import bases.masks as masks
 from bases.sites import find_sites, shape
+from kernels.cross_entropy import linear_nll, nll_of
 from kernels.lora import lora_add, lora_linear
 from portal import MODULES, group_sites, same_depth
 from runtime.files import BadInput
@@ -49,7 +51,8 @@ class Base:
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self.name, self.provenance = name, provenance or dict(id="", revision=None, quantize=None)
         self.batch = None                                                            # the last one given to logits()
-        self.active = SimpleNamespace(factors={}, task=None, scale=1.0, at=None)     # what the patched modules read
+        # what the patched modules read
+        self.active = SimpleNamespace(factors={}, task=None, scale=1.0, at=None, caught=None)
         self.config = model.config.get_text_config()
         self.blocks, self.sites, self.lacks = find_sites(model)
         self.kinds = [m for m in MODULES if m not in self.lacks]
@@ -87,7 +90,11 @@ class Base:
         row, and a small model's vocabulary is its widest matrix: all positions' logits would cost more than the layers.
         """
         (x,), at = inputs, self.active.at
-        return x if at is None else x[tuple(index.to(x.device) for index in at)][None]
+        x = x if at is None else x[tuple(index.to(x.device) for index in at)][None]
+        if self.active.caught is None:
+            return x
+        self.active.caught.append(x)                                                 # see nll
+        return x[:, :0]
 
     @property
     def device(self):
@@ -122,6 +129,27 @@ class Base:
         self.batch = batch
         with self.with_adapters(adapters, batch.task, batch.at):
             return self.model(input_ids=batch.ids, use_cache=False, **masks.of(self, batch)).logits[0]
+
+    def nll(self, batch, adapters=None, weight=None):
+        """Returns (loss, nll [M]) of the answer tokens of `batch`: their NLL, float32 at least, and the sum of it times
+        weight [M], which alone has a gradient. weight None: ones. adapters: see logits.
+
+        The logits of all positions are not kept where the head is a plain one: it then gets no positions, and
+        kernels/cross_entropy.py what it would have got."""
+        weight = torch.ones(batch.target.shape, device=self.device) if weight is None else weight
+        if self.head is None:
+            return nll_of(self.logits(batch, adapters), batch.source, batch.target, weight)
+        with self.activate({"caught": []}):
+            self.logits(batch, adapters)
+            h, = self.active.caught[0]                                               # [N, d]
+        linear, scale, cap = self.head
+        loss, nll = linear_nll(h, linear.weight, linear.bias, batch.source, batch.target, weight, scale, cap)
+        return loss.to(self.device), nll.to(self.device)
+
+    @functools.cached_property
+    def head(self):
+        """The LM head, if it is a plain one: heads.Head or None; found out by trying, once."""
+        return heads.find(self)
 
     @functools.cached_property
     def packs(self):

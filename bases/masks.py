@@ -90,7 +90,7 @@ def logits(base, ids, last, behind=0, masks={}, rows=1):
     """The logits [last, vocabulary] at the last positions of token ids, but for `behind` tokens. rows: how often the
     batch has these ids."""
     at = torch.arange(last, device=base.device) + len(ids) - behind - last
-    with base.activate({"factors": {}, "at": (torch.zeros_like(at), at)}):
+    with base.activate({"factors": {}, "at": (torch.zeros_like(at), at), "caught": None}):
         return base.model(input_ids=torch.tensor([ids] * rows, device=base.device), use_cache=False, **masks).logits[0]
 
 

@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from tqdm import trange
 
-from experiments.cells import markdown
+from experiments.tables import markdown
 from experiments.contestants import (ROWS, Work, decode_harness, decode_ours, evaluate_harness, evaluate_ours,
                                      evaluate_portallib, loras_ours, loras_peft, train_ours, train_portallib)
 from presets import REAL, TOY

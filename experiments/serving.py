@@ -16,7 +16,7 @@ import torch
 import export
 from bases import encode, find_base, reload_base
 from eval import adapters_of
-from experiments.cells import markdown
+from experiments.tables import markdown
 from experiments.peers import TURNS, about, shown, take_turns
 from presets import REAL
 from runtime.files import ROOT, BadInput, read_json, write_whole

@@ -100,9 +100,9 @@ def rows_of(stand, n, seed, search):
         if search:
             rows = random.Random(task).sample(splits["train"], len(splits["train"]))
             found[task] = rows[stand.held:stand.held + n], rows[:stand.held]
-            if not found[task][0]:
-                raise BadInput(f"task {task} has {len(rows)} training rows; the search measures {stand.held} of them "
-                               "and fits to others")
+            if len(rows) <= stand.held:
+                raise BadInput(f"task {task} has {len(rows)} training rows; the search measures {stand.held} and fits "
+                               "to others")
     return found
 
 
@@ -146,11 +146,9 @@ def flops(base, adapters, tokens, rounds=0, cfg=None):
 
 def reading(here, aligned=False, carry=None, ported={}, **_):
     """FLOPs of the forward passes in which a start has both bases read prompts, each cut at MAX_LENGTH as in align."""
-    if not (aligned or carry == "maps" or ported.get("aligned")):
-        return 0
+    read = (here.base, here.source) if aligned or carry == "maps" or ported.get("aligned") else ()
     return sum(2 * min(len(base.tokenizer(text).input_ids), MAX_LENGTH) * len(layers) * d_in * d_out
-               for base in (here.base, here.source) for text in here.texts
-               for _, layers, d_in, d_out in base.groups.values())
+               for base in read for text in here.texts for _, layers, d_in, d_out in base.groups.values())
 
 
 def cell(stand, method, knob, lr, n, rounds, seed, search, bases):
@@ -186,15 +184,13 @@ def cell(stand, method, knob, lr, n, rounds, seed, search, bases):
 # ---------------------------------------------------------------------------------------------- the command
 def stand_of(args):
     """The Stand that the flags describe. Raises BadInput."""
-    given = [flag for flag in "to data tasks rounds source_n eval_rows".split() if getattr(args, flag)]
+    given = [flag for flag in ("to", "data", "tasks", "rounds", "source_n", "eval_rows") if getattr(args, flag)]
     if given and not args.bases:
         raise BadInput(f"--{given[0].replace('_', '-')} goes with --bases; without it the toy is measured")
     if not args.bases:
         return Stand(device=args.device)
-    if not (args.data and args.out):
-        raise BadInput("--data and --out are needed with --bases")
-    if len(args.to or ()) > 1:
-        raise BadInput(f"--to: one base is accepted here, not {', '.join(args.to)}")
+    if not (args.data and args.out) or len(args.to or ()) > 1:
+        raise BadInput("with --bases, --data and --out are needed, and one base at most as --to")
     dtype = args.dtype or (torch.float32 if args.device == "cpu" else torch.bfloat16)
     return Stand(tuple(args.bases), args.to and args.to[0], args.data, args.tasks and tuple(args.tasks),
                  args.source_n or 32, 40, args.eval_rows or 100, tuple(args.rounds or [24]), args.device, dtype)

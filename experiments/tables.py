@@ -2,12 +2,10 @@
 
     python -m experiments.tables           results/*/study.md, study.png; the tables in results/README.md and README.md
 
-    ± sd          over training seeds (sample sd; one seed has none)
-    [low, high]   over samples of evaluation rows (95%, 2,000 bootstrap replicates)
-
-The bootstrap is paired: a replicate draws its evaluation rows once, for all methods and seeds. A row that is hard for
-one method is hard for most, so most of that noise cancels in a difference and in the recovered lift.
-`rows`, below, is the data frame that `results` returns; a series is a method with its number of rounds.
+± is the sample sd over training seeds, [low, high] a 95% interval over evaluation rows, of 2,000 bootstrap replicates.
+The bootstrap is paired: a replicate draws its rows once, for all methods and seeds. A row that is hard for one method
+is hard for most, so most of that noise cancels in a difference and in the recovered lift. `rows`, below, is the data
+frame that `results` returns; a series is a method with its number of rounds.
 """
 import functools, re
 from statistics import fmean, stdev
@@ -57,10 +55,9 @@ def tried(lines, method, n, rounds, names):
 def results(lines):
     """The measured lines as a data frame with `series` and with `correct` as bools. Only those of the settings measured
     last: a search that was widened may have chosen others."""
-    measured = [line for line in lines if not line["search"]]
-    if not measured:
+    if all(line["search"] for line in lines):
         raise BadInput("a study of which nothing was measured yet")
-    rows = pd.DataFrame(measured).astype({"flops": float})
+    rows = pd.DataFrame([line for line in lines if not line["search"]]).astype({"flops": float})
     last = rows.groupby(["base", "method", "n", "rounds"])[["lr", "knob"]].transform("last")
     rows = rows[(rows[["lr", "knob"]] == last).all(axis=1)]
     return rows.assign(series=rows["method"] + ", " + rows["rounds"].astype(str),
@@ -138,9 +135,9 @@ def table(rows, first=None, names=None):
         own = rows[rows["series"] == series]
         by_seed = own.groupby("seed")[["flops", "seconds"]].first().mean()
         near = best and measured[series][0] >= measured[best][0] - TOLERANCE
-        lines.append({"method": own["method"].iloc[0], "rounds": own["rounds"].iloc[0], "lr": f"{own['lr'].iloc[0]:g}",
-                      "knob": own["knob"].iloc[0] or "-", "seeds": own["seed"].nunique(),
-                      "acc_norm": accs[series] + " *" * bool(near), "log-loss": losses[series],
+        lines.append({**own[["method", "rounds"]].iloc[0], "lr": f"{own['lr'].iloc[0]:g}", "knob": own["knob"].iloc[0]
+                      or "-", "seeds": own["seed"].nunique(), "acc_norm": accs[series] + " *" * bool(near),
+                      "log-loss": losses[series],
                       f"less {first or BEST}": "-" if reference in (None, series) else interval(
                           measured[series] - measured[reference]),
                       "% of the LoRA's lift": lift(measured, series, best),
@@ -156,9 +153,8 @@ def reach(rows):
     lines = []
     for n, own in rows.groupby("n"):
         means = own.groupby(["method", "rounds"], sort=False)[["acc_norm", "flops"]].mean().reset_index()
-        loras = means[means["method"].isin(LORAS)]
-        near = means[means["acc_norm"] >= loras["acc_norm"].max() - TOLERANCE].dropna().sort_values("flops")
-        near = near.drop_duplicates("method")
+        best = means[means["method"].isin(LORAS)]["acc_norm"].max()
+        near = means[means["acc_norm"] >= best - TOLERANCE].dropna().sort_values("flops").drop_duplicates("method")
         least = near[near["method"].isin(LORAS)]["flops"].min()
         lines += [{"method": method, "n": n, "rounds": rounds, "GFLOPs": f"{flops / 1e9:,.0f}",
                    "of the LoRA's least": f"{flops / least:.2f}"}

@@ -106,13 +106,13 @@ class Job:
         at.tokens += sum(item.length() for item in drawn)
         self.bar.set_postfix(loss=f"{loss:.3f}", tok_s=int(at.tokens / (at.seconds - at.began)), refresh=False)
 
-    def record_scores(self, scores, ratios):
-        """Takes an epoch's {(base name, task): (acc_norm, -log_loss)} and each base's score.delta_ratio. Raises
-        BadInput: see check."""
+    def record_scores(self, scores, ratios, spreads):
+        """Takes an epoch's {(base name, task): (acc_norm, -log_loss)} and each base's score.delta_ratio and
+        score.task_spread. Raises BadInput: see check."""
         self.forget_batches()
         tasks = self.source.tasks
         self.check([[scores.get((base.name, task), (0, 0))[1] for task in tasks] for base in self.bases], "held-out ")
-        self.scores, self.ratios = scores, ratios
+        self.scores, self.ratios, self.spreads = scores, ratios, spreads
 
     def compare(self, bare):
         """Prints a line if the fit ends with a higher held-out log-loss than `self.bare`, that of the bare bases, whose
@@ -138,6 +138,7 @@ class Job:
         seconds = at.seconds - at.began
         line = dict(event="epoch", what=self.what, bases=[base.name for base in self.bases], epoch=epoch,
                     loss=at.loss / self.per_epoch, held_acc_norm=acc, held_log_loss=log_loss, delta_ratio=self.ratios,
+                    shared=[shared for shared, _ in self.spreads], task_rank=[rank for _, rank in self.spreads],
                     seconds=round(seconds, 2), rounds=self.per_epoch, tokens=at.tokens,
                     tokens_per_s=round(at.tokens / seconds),
                     peak_memory=peak_memory(self.bases[0].device), date=today())
@@ -147,8 +148,9 @@ class Job:
         append_jsonl(self.log, line)
         held = f"held-out acc_norm {acc:.3f}, log_loss {log_loss:.3f}" if self.scores else "nothing held out"
         ratio = ", ".join(f"{ratio:.2g}" for ratio in self.ratios)
+        shared = ", ".join(f"{shared:.0%}" for shared, _ in self.spreads)
         tqdm.write(f"{self.what} epoch {epoch}/{self.n_epochs}: loss {line['loss']:.3f}, {held}, "
-                   f"|BAx|/|Wx| {ratio}, {seconds:.0f} s, {line['tokens_per_s']} tokens/s")
+                   f"|BAx|/|Wx| {ratio}, tasks share {shared}, {seconds:.0f} s, {line['tokens_per_s']} tokens/s")
 
     def identify(self, rows):
         """A digest of all that the fit's numbers follow from. Not of max_tokens and the device, which change rounding
@@ -277,7 +279,7 @@ class DryRun(Job):
     def record(self, losses, items):
         pass
 
-    def record_scores(self, scores, ratios):
+    def record_scores(self, scores, ratios, spreads):
         self.scoring = self.clock() - self.began
 
     def compare(self, bare):

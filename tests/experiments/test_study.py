@@ -90,7 +90,7 @@ def test_held_out_rows_are_the_same_for_every_n_and_never_trained_on(world):
     few, many = (study.rows_of(stand, n, 0, True)["one"] for n in (4, 999))
     assert few[1] == many[1] and len(few[1]) == 2 and (len(few[0]), len(many[0])) == (4, 10)
     assert few[0] == many[0][:4] and not {row.prompt for row in many[0]} & {row.prompt for row in many[1]}
-    with pytest.raises(study.BadInput, match="task one has 12 training rows; the search measures 12"):
+    with pytest.raises(study.BadInput, match="task one has 12 training rows; the search measures 12 and fits"):
         study.rows_of(stand._replace(held=12), 4, 0, True)
 
 
