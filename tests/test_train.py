@@ -83,7 +83,8 @@ def test_the_loss_curve_is_that_of_the_plain_loop(tmp_path, ema):
 
     portal, bases = fresh()
     settings = dict(epochs=3, batch_size=2, lr=1e-2, least=1, max_tokens=20)
-    portal.cfg.norm = "none"                                                        # for its rates: one, and twice that for z
+    shared = [p for m in (portal.core, *portal.converters.values()) for p in m.parameters()]
+    portal.rates = lambda lr: [{"params": shared, "lr": lr}, {"params": [portal.z], "lr": 2 * lr}]
     learner = portal_learner(portal, rows, settings)
     fit(Job("test", settings, seed, tmp_path / "log.jsonl"), bases, portal.adapters, [learner], rows,
         functools.partial(one_round, weigh=EMA() if ema else None))
@@ -323,7 +324,7 @@ def test_a_fit_that_ends_above_the_bare_base_says_so(tmp_path, capsys, gold, say
     """Trained towards the second choice of every row, it is worse than the bare base where the first is right."""
     base = tiny_base()
     rows = {task: (train, [row._replace(gold=gold) for row in train]) for task, (train, _) in small_rows().items()}
-    settings = dict(epochs=2, batch_size=2, lr=0.1, least=1, max_tokens=100)
+    settings = dict(epochs=8, batch_size=2, lr=5.0, least=1, max_tokens=100)
     portal = make_portal(base, random=False)
     fit(Job("a fit", settings, 0, tmp_path / "log.jsonl"), [base], portal.adapters, [portal_learner(portal, rows, settings)], rows)
     out = capsys.readouterr().out
