@@ -43,9 +43,9 @@ def reason(log):
 
 @contextlib.contextmanager
 def server(venv, name, arguments):
-    """Yields (vLLM's version, function from requests (model's or adapter's name, prompt, continuation: token ids) to the
-    continuations' log-probabilities) of an OpenAI-compatible server that is asked for all of them at once. Raises
-    BadInput if it ends or refuses."""
+    """Yields (vLLM's version, function from requests (model's or adapter's name, prompt, continuation: token ids)
+    to the continuations' log-probabilities) of an OpenAI-compatible server that is asked for all of them at once.
+    Raises BadInput if it ends or refuses."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [venv / "bin" / "python", "-m", "vllm.entrypoints.openai.api_server"]
@@ -125,7 +125,7 @@ def measure(venv, folder, tasks, items, own, bare):
     lora = read_json(folder / tasks[0] / "adapter_config.json")
     longest = max(len(item.prompt) + max(map(len, item.continuations)) for item in items) + 1
     common = dict(model=lora["base_model_name_or_path"], dtype="float32", max_model_len=longest,
-                  no_enable_prefix_caching=True)                                     # a prompt is computed anew for each
+                  no_enable_prefix_caching=True)                                     # all of a prompt is computed
     common |= {"revision": lora["revision"]} if lora["revision"] else {}
     rank = max([lora["r"], *lora.get("rank_pattern", {}).values()])
     # vLLM would give lm_head a LoRA, too, of zeros, and no log-probabilities of prompts go with it.
