@@ -84,11 +84,6 @@ def task_spread(adapters):
     return float(1 - energies.sum() / B.square().sum()), float(torch.special.entr(shares).sum().exp())
 
 
-def full_precision(logits):
-    """Returns half-precision logits as float32, for a softmax over a vocabulary; float32 and float64 as they are."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
 def decode(base, adapters, items, max_tokens, end=None):
     """Returns for every item with a completion, in order, the greedily decoded text: as many lines as its gold
     completion has, a bare base does not stop there, and at most the tokens of bases.decoding_limit. end: (tokens,

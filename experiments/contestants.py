@@ -2,23 +2,20 @@
 function that does the work and returns (seconds, result). A package that is missing raises ImportError.
 
     training      train_ours, train_portallib
-    LoRAs         loras_ours, loras_peft
-    evaluation    evaluate_ours, evaluate_portallib, evaluate_harness (lm-evaluation-harness)
+    evaluation    evaluate_ours, evaluate_harness (lm-evaluation-harness)
     decoding      decode_ours, decode_harness; portallib has none
 """
 import dataclasses, logging, pathlib, time
 from functools import partial
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
-from baselines.lora import ALPHA, RANK, TaskLoRAs
 from bases import MAX_LENGTH, encode, load_base
-from portal import MODULES, Config, Converter, Portal
+from portal import Config, Converter, Portal
 from presets import preset
 from score import decode, golds, per_character, score
 from tasks.rows import as_read, load_tasks, sample
-from train import Learner, one_round, portal_learner
+from train import one_round, portal_learner
 
 ROWS, ROUNDS = 4, 10_000          # rows of every task in a round; rounds of the learning rate's schedule, never reached
 BATCHES = {"cpu": (4, 8), "cuda": (8, 32, 128)}  # rows in a peer's batch in evaluation: the fastest counts
@@ -56,7 +53,7 @@ class Work:
         return turn
 
 
-# ---------------------------------------------------------------------------------------------- training: PorTAL, LoRAs
+# ---------------------------------------------------------------------------------------------- training
 class EMA:
     """A `weigh` for one_round: divides each (base, task) loss by its running mean, 0.9 / 0.1, never by less than 1e-3
     (the write-up's section 4), as portallib does."""
@@ -79,9 +76,7 @@ def gold_items(tokenizer, tasks):
     return encode(tokenizer, sum(tasks.values(), []), list(tasks), choices="gold")[0]
 
 
-def train_ours(work, base, tasks, recompute=False):
-    if recompute:
-        base.recompute_layers()
+def train_ours(work, base, tasks):
     items, portal, ema = {base.name: gold_items(base.tokenizer, tasks)}, Portal(config(base, tasks)), EMA()
     portal.converters[base.name] = Converter(portal.cfg, base.groups_of(portal.cfg.modules))
     learner = portal_learner(portal.to(work.device), {task: (rows, []) for task, rows in tasks.items()},
@@ -120,60 +115,13 @@ def train_portallib(work, base, tasks, **recipe):
     return turn
 
 
-def loras_ours(work, base, tasks):
-    items, loras = {base.name: gold_items(base.tokenizer, tasks)}, TaskLoRAs(len(tasks), base)
-    learners = [Learner([{"params": loras.of(t), "lr": 1e-4}], [task], 1, ROUNDS) for t, task in enumerate(tasks)]
-    return work.timed(lambda: one_round([base], loras.adapters, learners, items, work.max_tokens))
-
-
-def loras_peft(work, base, tasks):
-    """The LoRA of one task after another. All cost the same, so that one adapter stands for each. It has the base's
-    dtype, as ours have in the forward pass."""
-    import peft
-    model = peft.get_peft_model(base.unpatch(), peft.LoraConfig(
-        r=RANK, lora_alpha=ALPHA, target_modules=[f"{m}_proj" for m in MODULES], task_type="CAUSAL_LM"),
-        autocast_adapter_dtype=False).train()
-    learner = Learner([{"params": [p for p in model.parameters() if p.requires_grad], "lr": 1e-4}], list(tasks), 1,
-                      ROUNDS * len(tasks))
-    def batch(items):
-        ids = pad_sequence([torch.tensor(i.prompt + i.continuations[0]) for i in items], True, -100).to(work.device)
-        lengths = torch.tensor([[len(item.prompt)] for item in items], device=work.device)               # [R, 1]
-        prompt = torch.arange(ids.shape[1], device=work.device) < lengths                                # [R, S]
-        return dict(input_ids=ids.clamp(min=0), attention_mask=(ids >= 0).long(), labels=ids.masked_fill(prompt, -100))
-    batches = [batch(gold_items(base.tokenizer, {task: rows})) for task, rows in tasks.items()]
-    def step():
-        for own in batches:
-            learner.optimizer.zero_grad()
-            model(**own, use_cache=False).loss.backward()
-            learner.step()
-    return work.timed(step)
-
-
 # ---------------------------------------------------------------------------------------------- evaluation
 # A result is the scores of every row, lists of log p / characters of its choices. Tokenising is timed.
-def fastest(step, work):
-    """Returns the turn of step(n) with the batch size n that is fastest."""
-    turns = [work.timed(partial(step, n)) for n in BATCHES[torch.device(work.device).type]]
-    return min(turns, key=lambda turn: turn()[0])
-
-
 def evaluate_ours(work, base, tasks):
     def step():
         items = encode(base.tokenizer, sum(tasks.values(), []), list(tasks))[0]
         return [per_character(item, log_p) for item, log_p in zip(items, score(base, None, items, work.max_tokens))]
     return work.timed(step)
-
-
-def evaluate_portallib(work, base, tasks):
-    import portallib
-    base, dataset = portallib_inputs(base, tasks)
-    def step(batch_size):
-        evaluator, scored = portallib.PortalEvaluator(max_prompt=MAX_LENGTH, batch_size=batch_size), []
-        score_rows = evaluator._score_rows
-        evaluator._score_rows = lambda *args: scored.append(score_rows(*args)) or scored[-1]
-        evaluator.evaluate(base, dataset)                                            # returns the accuracies alone
-        return [scores for found in scored for scores in found[0]]
-    return fastest(step, work)
 
 
 def harness(base, batch_size=1):
@@ -196,7 +144,8 @@ def evaluate_harness(work, base, tasks):
         model.batch_size_per_gpu = batch_size
         log_p = iter(model.loglikelihood(asked, disable_tqdm=True))
         return [[next(log_p)[0] / len(choice) for choice in row.choices] for row in rows]
-    return fastest(step, work)
+    turns = [work.timed(partial(step, n)) for n in BATCHES[torch.device(work.device).type]]
+    return min(turns, key=lambda turn: turn()[0])
 
 
 # ---------------------------------------------------------------------------------------------- decoding

@@ -4,15 +4,13 @@
     python -m experiments.peers --device cuda --data data --base A          the same on a GPU, in bf16
     python -m experiments.peers --generate --bases A,B --data tasks/everyday    greedy decoding
 
-A training round, 4 rows of every task, is measured beside portallib's, a round of per-task LoRAs beside PEFT's, and
-the log-probability of every choice on the bare base beside portallib's and lm-evaluation-harness's. With --generate,
+A training round, 4 rows of every task, is measured beside portallib's, and the log-probability of every choice on the
+bare base beside lm-evaluation-harness's. With --generate,
 the bare base completes rows of every task of completions, beside lm-evaluation-harness. A ratio is peer / ours of one
 turn; the tables have the median and, in brackets, the range. Where a peer (requirements-bench.txt), the tasks or the
 base are missing, the table says "not measured" and why.
 """
-import contextlib, dataclasses, importlib.metadata, importlib.util, multiprocessing, os
-import pathlib, re, shlex, statistics, sys
-from concurrent.futures import ProcessPoolExecutor
+import dataclasses, importlib.metadata, importlib.util, os, pathlib, shlex, statistics, sys
 from functools import partial
 
 import torch
@@ -20,7 +18,7 @@ from tqdm import trange
 
 from experiments.tables import markdown
 from experiments.contestants import (ROWS, Work, decode_harness, decode_ours, evaluate_harness, evaluate_ours,
-                                     evaluate_portallib, loras_ours, loras_peft, train_ours, train_portallib)
+                                     train_ours, train_portallib)
 from presets import REAL, TOY
 from reports.results import commit, hardware
 from runtime.files import ROOT, BadInput, first_line, today, write_whole
@@ -55,51 +53,25 @@ def beside(ours, name, peer):
             RATIO: shown([b / a for a, b in zip(ours_s, peer_s)], ".2f")}
 
 
-def peak_of(contestant, work, threads):
-    """Returns GiB at the peak of two turns (the second has the optimiser's state), above the loaded base and in all.
-    For a process of its own, on Linux: a peak never goes down, and ru_maxrss starts at that of the parent."""
-    def memory():
-        if work.device != "cpu":
-            return torch.cuda.memory_allocated() / 2 ** 30, torch.cuda.max_memory_allocated() / 2 ** 30
-        sizes = dict(re.findall(r"(VmRSS|VmHWM):\s*(\d+)", pathlib.Path("/proc/self/status").read_text()))
-        return int(sizes["VmRSS"]) / 2 ** 20, int(sizes["VmHWM"]) / 2 ** 20
-    torch.set_num_threads(threads)
-    with contextlib.suppress(ImportError):
-        importlib.import_module("portallib")                                         # code counts for no contestant
-    base, tasks = work.load()
-    loaded, turn = memory()[0], contestant(work, base, tasks)
-    turn(), turn()
-    return memory()[1] - loaded, memory()[1]
-
-
-def measure(label, work, ours, peers, note="", with_memory=False):
+def measure(label, work, ours, peers, note=""):
     """Returns lines of the table: `ours` beside each of `peers` {name: (contestant, target of the ratio)}, or why a
     peer is missing."""
     if work.repeat > 1:                                                              # on tiny tensors, threads wait for
         torch.set_num_threads(1)                                                     # each other more than they work
-    turns, missing = {"ours": ours(work, *work.load())}, []
+    turns, lines = {"ours": ours(work, *work.load())}, []
     for name, (contestant, _) in peers.items():
         try:
             turns[name] = contestant(work, *work.load())
         except ImportError as error:
-            missing.append({"work": label, "peer": name, RATIO: f"not measured: {first_line(error)}"})
-    if len(turns) == 1:
-        return missing
-    taken, threads, lines = take_turns(label, turns), torch.get_num_threads(), []
-    del turns                                                                        # frees the bases
-    def peak(contestant):
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(peak_of, contestant, work, threads).result()
-    own_turns, own = taken.pop("ours"), peak(ours) if with_memory else None
+            lines.append({"work": label, "peer": name, RATIO: f"not measured: {first_line(error)}"})
+    taken = take_turns(label, turns) if len(turns) > 1 else {}
+    own_turns = taken.pop("ours", None)
     for name, peer_turns in taken.items():
-        memory, same = "-", note or same_choices(own_turns[-1][1], peer_turns[-1][1])
-        if own:
-            (a, in_all), (b, peers_in_all) = own, peak(peers[name][0])
-            memory = f"ours {a:.2f} GiB, peer {b:.2f} above the loaded base; in all {in_all:.2f}, {peers_in_all:.2f}"
+        same = note or same_choices(own_turns[-1][1], peer_turns[-1][1])
         lines.append({"work": label, **beside(own_turns, name, peer_turns), "target": f">= {peers[name][1]}",
-                      "peak memory": memory, "held equal": f"threads {threads}, {str(work.dtype)[6:]}, the same "
+                      "held equal": f"threads {torch.get_num_threads()}, {str(work.dtype)[6:]}, the same "
                       f"{work.rows} rows a task; {same} (ours: --max-tokens {work.max_tokens})"})
-    return lines + missing
+    return lines
 
 
 def same_choices(ours, peer):
@@ -113,7 +85,6 @@ def same_choices(ours, peer):
 def plan(args):
     """Yields the lines of the table in order: (label, function that measures them)."""
     portal = "core without LayerNorm, sizes, gradient clip, AdamW; only portallib tokenises within a round"
-    lora, cuda = "rank 16, all seven projections, gradient clip, fused AdamW", args.device != "cpu"
     toy = Work("toy-qwen-m", ROOT / "toy" / "data", args.device, args.dtype, TOY["max_tokens"], repeat=3)
     real = Work(args.base, args.data, args.device, args.dtype, args.max_tokens, rows=ROWS // 2 if args.quick else ROWS)
     def line(what, work, *rest):
@@ -122,13 +93,10 @@ def plan(args):
     plain = partial(train_portallib, gradient_checkpointing=False)                   # faster, and more memory
     yield line("training round", toy, train_ours, {"portallib": (train_portallib, 5.0),
                                                    "portallib, its checkpointing off": (plain, 5.0)}, portal)
-    portallib = {"portallib": (train_portallib, 4.0 if cuda else 1.5)}
-    yield line("training round", real, train_ours, portallib, portal, True)
-    yield line("training round, --recompute", real, partial(train_ours, recompute=True), portallib, portal, True)
-    yield line("LoRA round", toy, loras_ours, {"PEFT": (loras_peft, 4.0)}, lora)
-    yield line("LoRA round", real, loras_ours, {"PEFT": (loras_peft, 4.0 if cuda else 1.3)}, lora)
+    least = 1.5 if args.device == "cpu" else 4.0
+    yield line("training round", real, train_ours, {"portallib": (train_portallib, least)}, portal)
     yield line("evaluation", dataclasses.replace(real, split="eval", rows=2 if args.quick else 50), evaluate_ours,
-               {"portallib": (evaluate_portallib, 2.5), "lm-evaluation-harness": (evaluate_harness, 2.0)})
+               {"lm-evaluation-harness": (evaluate_harness, 2.0)})
 
 
 def decoding(args):
@@ -165,7 +133,7 @@ def main(argv=None):
     args.dtype = args.dtype or (torch.float32 if args.device.startswith("cpu") else torch.bfloat16)
     threads, lines, kind = torch.get_num_threads(), [], "generate" if args.generate else "bench"
     path = args.out / f"{kind}-{torch.device(args.device).type}.md"
-    peers = [f"{p} {importlib.metadata.version(p)}" for p in ("transformers", "portallib", "peft", "lm_eval")
+    peers = [f"{p} {importlib.metadata.version(p)}" for p in ("transformers", "portallib", "lm_eval")
              if importlib.util.find_spec(p)]
     head = [f"# {'Decoding' if args.generate else 'Benchmark'} on {args.device}", "", *about("experiments.peers"),
             f"- threads: {threads}", f"- peers: {', '.join(peers)}", "",

@@ -5,8 +5,7 @@
 --venv is a Python environment of its own with vLLM in it; docs/inference.md says how it is made. The adapters are
 exported as PEFT folders (export.py). Two OpenAI-compatible servers run there, one without LoRA and one with a slot a
 task. Every choice of some evaluation rows is scored by score.score and by these two, all tasks at once, each row with
-its task's adapter. Then every row is continued by NEW tokens: with no adapter, and with 1, 2 and all of the adapters
-among the rows. It is for CPUs, on which vLLM has attention for head sizes 32, 64, 80, 96, 112, 128 and larger.
+its task's adapter. It is for CPUs, on which vLLM has attention for head sizes 32, 64, 80, 96, 112, 128 and larger.
 """
 import contextlib, json, os, pathlib, re, socket, statistics, subprocess, tempfile, time, urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ import export
 from bases import encode, find_base, reload_base
 from eval import adapters_of
 from experiments.tables import markdown
-from experiments.peers import TURNS, about, shown, take_turns
+from experiments.peers import about
 from presets import REAL
 from runtime.files import ROOT, BadInput, read_json, write_whole
 from runtime.flags import parse, run_main
@@ -27,7 +26,6 @@ from score import score
 from tasks.rows import load_run_tasks, sample
 
 RANKS = 8, 16, 32, 64, 128, 256, 320, 512                   # those that vLLM has room for
-NEW = 32                                                    # tokens by which a row is continued
 WAIT = 900                                                  # seconds in which a server must have started
 TOLERANCE = 1e-3                                            # of a choice's log-probability, in float32 on both sides
 SETTINGS = {"VLLM_CPU_OMP_THREADS_BIND": "nobind",          # as many threads as torch takes: OMP_NUM_THREADS or all
@@ -45,9 +43,9 @@ def reason(log):
 
 @contextlib.contextmanager
 def server(venv, name, arguments):
-    """Yields (vLLM's version, function from requests (model's or adapter's name, prompt, continuation or None: token
-    ids) to (seconds, engine steps, answers)) of an OpenAI-compatible server that is asked for all of them at once. An
-    answer: the continuation's log-probability, or None after NEW new tokens. Raises BadInput if it ends or refuses."""
+    """Yields (vLLM's version, function from requests (model's or adapter's name, prompt, continuation: token ids)
+    to the continuations' log-probabilities) of an OpenAI-compatible server that is asked for all of them at once.
+    Raises BadInput if it ends or refuses."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [venv / "bin" / "python", "-m", "vllm.entrypoints.openai.api_server"]
@@ -59,23 +57,16 @@ def server(venv, name, arguments):
         request = urllib.request.Request(f"http://127.0.0.1:{port}/{path}", body and json.dumps(body).encode(),
                                          {"Content-Type": "application/json"})
         with urllib.request.urlopen(request) as reply:
-            return reply.read().decode()
+            return json.load(reply)
     def post(request):
         model, prompt, continuation = request
-        body = dict(model=model, prompt=prompt + (continuation or []), temperature=0)
-        if continuation is None:
-            return call("v1/completions", dict(body, max_tokens=NEW, ignore_eos=True)) and None
-        reply = json.loads(call("v1/completions", dict(body, max_tokens=1, prompt_logprobs=0)))
-        log_p = reply["choices"][0]["prompt_logprobs"]
+        body = dict(model=model, prompt=prompt + continuation, temperature=0, max_tokens=1, prompt_logprobs=0)
+        log_p = call("v1/completions", body)["choices"][0]["prompt_logprobs"]
         return sum(log_p[len(prompt) + i][str(token)]["logprob"] for i, token in enumerate(continuation))
-    def steps():
-        return float(re.search(r"^vllm:iteration_tokens_total_count.* (\S+)$", call("metrics"), re.M)[1])
     def ask(requests):
         try:
-            before, start = steps(), time.perf_counter()
             with ThreadPoolExecutor(len(requests)) as pool:
-                answers = list(pool.map(post, requests))
-            return time.perf_counter() - start, int(steps() - before), answers
+                return list(pool.map(post, requests))
         except OSError as error:
             raise BadInput(f"{error}; {reason(log)}")
     with open(log, "w") as out:
@@ -84,7 +75,7 @@ def server(venv, name, arguments):
     try:
         for _ in range(WAIT):
             with contextlib.suppress(OSError):
-                version = json.loads(call("version"))["version"]
+                version = call("version")["version"]
                 break
             if process.poll() is not None:
                 raise BadInput(reason(log))
@@ -129,45 +120,24 @@ def compare(label, found, expected):
     return {"served": label, "choices": len(found), "furthest from score.score": f"{max(apart):.1e}"}
 
 
-def to_continue(items, tasks, used, model):
-    """Returns requests to continue the items' prompts: with the first `used` adapters in turn, or each with its own."""
-    names = [tasks[item.task if used == len(tasks) else k % used] if used else model for k, item in enumerate(items)]
-    return [(name, item.prompt, None) for name, item in zip(names, items)]
-
-
-def speeds(turns, tokens):
-    """Returns rows of the table: engine steps, tokens/s, and their ratio to the first row's in the same turn."""
-    first = [seconds for seconds, _ in next(iter(turns.values()))]
-    return [{"served": name, "engine steps": taken[-1][1], "tokens/s": shown([tokens / s for s, _ in taken], ".0f"),
-             "of the first line's": shown([a / s for a, (s, _) in zip(first, taken)], ".2f")}
-            for name, taken in turns.items()]
-
-
 def measure(venv, folder, tasks, items, own, bare):
-    """Returns (vLLM's version, rows of the table of log-probabilities, turns) of the adapters in `folder`."""
+    """Returns (vLLM's version, rows of the table) of the adapters in `folder`."""
     lora = read_json(folder / tasks[0] / "adapter_config.json")
-    longest = max(len(item.prompt) + max(NEW, *map(len, item.continuations)) for item in items) + 1
+    longest = max(len(item.prompt) + max(map(len, item.continuations)) for item in items) + 1
     common = dict(model=lora["base_model_name_or_path"], dtype="float32", max_model_len=longest,
-                  no_enable_prefix_caching=True)                                     # a turn does all of the work again
+                  no_enable_prefix_caching=True)                                     # all of a prompt is computed
     common |= {"revision": lora["revision"]} if lora["revision"] else {}
     rank = max([lora["r"], *lora.get("rank_pattern", {}).values()])
-    # vLLM would give lm_head a LoRA, too, of zeros: that takes time, and no log-probabilities of prompts go with it.
+    # vLLM would give lm_head a LoRA, too, of zeros, and no log-probabilities of prompts go with it.
     slots = dict(enable_lora=True, max_loras=len(tasks),
                  max_lora_rank=min([r for r in RANKS if r >= rank], default=rank),
                  lora_target_modules=sorted({path.split(".")[-1] for path in lora["target_modules"]}),
                  lora_modules=[f"{task}={folder / task}" for task in tasks])
     asked = [(tasks[item.task], item.prompt, c) for item in items for c in item.continuations]
-    plain, model = "bare base, server without LoRA", common["model"]
+    bare_asked = [(common["model"], *rest) for _, *rest in asked]
     with server(venv, "bare", common) as (version, ask_plain), server(venv, "lora", common | slots) as (_, ask_lora):
-        same = [compare(plain, ask_plain([(model, *rest) for _, *rest in asked])[2], bare),
-                compare(f"{len(tasks)} adapters", ask_lora(asked)[2], own)]
-        served = {plain: (ask_plain, 0), "bare base, server with LoRA": (ask_lora, 0)}
-        served |= {f"{n} adapter{'s' * (n > 1)}": (ask_lora, n) for n in (1, 2, len(tasks)) if n <= len(tasks)}
-        def turn(ask, used):
-            requests = to_continue(items, tasks, used, model)
-            return lambda: ask(requests)[:2]
-        turns = take_turns("tokens/s", {name: turn(*how) for name, how in served.items()})
-    return version, same, turns
+        return version, [compare("bare base, server without LoRA", ask_plain(bare_asked), bare),
+                         compare(f"{len(tasks)} adapters", ask_lora(asked), own)]
 
 
 def main(argv=None):
@@ -185,16 +155,12 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder, "adapters")
         export.main(["--run", str(run), "--to", args.to, "--task", "all", "--out", str(folder)])
-        version, same, turns = measure(venv, folder, tasks, items, own, bare)
+        version, same = measure(venv, folder, tasks, items, own, bare)
     text = ["# Adapters served by vLLM", "", *about("experiments.serving"),
             f"- {len(tasks)} adapters of {pathlib.Path(args.to).name}, vLLM {version}, float32", "",
             "Log-probabilities of choices, the rows of all tasks at once. Without an adapter they differ by "
             f"{difference(own, bare):.2f} in the median, with the next task's by {difference(own, other):.2f}.", "",
-            *markdown(same), "",
-            f"{len(items)} rows, of all tasks in turn, continued by {NEW} tokens each: {NEW} engine steps if all are "
-            f"in one batch. New tokens over the time of the whole, prompts included; {TURNS} turns in alternation, "
-            "median [lowest..highest]. vLLM on a CPU compiles a model only where LoRA is off.", "",
-            *markdown(speeds(turns, len(items) * NEW)), ""]
+            *markdown(same), ""]
     write_whole(args.out / "serving.md", lambda path: path.write_text("\n".join(text)))
     print("\n".join(text), f"table: {args.out / 'serving.md'}", sep="\n")
 

@@ -106,7 +106,7 @@ def layer_rows(task, parts, modules, copy, matmul):
 
 
 def table(device, quick, copy, matmul):
-    """Yields the rows of both tables: the ways on whole layers, then the kernels alone on q's x and dy."""
+    """Yields the rows of the table of the ways on whole layers."""
     (model, sizes), counts = SHAPES[device.type], ROWS[device.type][:1 if quick else None]
     yield "shapes,tokens,T,adapted,way,ms,overhead,GB/s,of copy,TFLOP/s,of matmul,peak MB".split(",")
     yield ["---"] * 12
@@ -114,15 +114,6 @@ def table(device, quick, copy, matmul):
         task, parts = case(sizes, R, S, T, device)
         for adapted, modules in (("q,v", ("q", "v")), ("all", tuple(parts))):
             yield from ([model, R * S, T, adapted, *row] for row in layer_rows(task, parts, modules, copy, matmul))
-    yield from ([], ("kernel alone, T = 14", "x", "us", "GB/s", "of copy"), ["---"] * 5)
-    task, parts = case(sizes, 56, 293, 14, device)
-    x, _, dy, A, B = map(torch.Tensor.detach, parts["q"])
-    s = lora.shrink(x, A, task, SCALE)
-    for name, moved, f in (("shrink", x.nbytes, lambda: lora.shrink(x, A, task, SCALE)),
-                           ("expand_add_", 2 * dy.nbytes, lambda: lora.expand_add_(dy, s, B, task)),
-                           ("outer", x.nbytes, lambda: lora.outer(s, x, task, len(A)))):
-        t = seconds(f, device)
-        yield [name, [*x.shape], f"{t * 1e6:.0f}", f"{moved / t / 1e9:.0f}", f"{moved / t / copy:.0%}"]
 
 
 def machine(device):
@@ -133,23 +124,27 @@ def machine(device):
     return 2 * big.nbytes / seconds(lambda: other.copy_(big), device), 2 * n ** 3 / seconds(lambda: a @ b, device)
 
 
+def write_table(path, lines, rows):
+    """Prints a page, `lines` and then the rows of a Markdown table, and writes it to `path` after each row."""
+    print(*lines, sep="\n")
+    for row in rows:
+        lines = [*lines, f"| {' | '.join(map(str, row))} |"]
+        print(lines[-1], flush=True)
+        write_whole(path, lambda p: p.write_text("\n".join([*lines, ""])))
+    print(f"saved to {path}")
+
+
 def main(argv=None):
-    args = parse(__doc__, "quick device out", argv, quick=dict(action="store_true", help="fewer shapes"), out=dict(
-        type=pathlib.Path, default=pathlib.Path("results"), metavar="DIR", help="where the table is saved"))
+    args = parse(__doc__, "quick device out", argv, quick=dict(action="store_true", help="fewer shapes"),
+                 out=dict(default=pathlib.Path("results"), help="where the table is saved"))
     device = torch.device(args.device)
     copy, matmul = machine(device)
-    lines = [f"# One layer's projections, forward and backward, {device.type}", "",
-             f"`python kernels/bench.py{' --quick' * args.quick}`, {today()}, {hardware()}, {DTYPE[device.type]}, "
-             f"{torch.get_num_threads()} threads, r = {RANK}. Copy {copy / 1e9:.0f} GB/s, matmul {matmul / 1e12:.2f} "
-             "TFLOP/s, both measured here. GB/s: what the low-rank part has to move at the least over the time that it "
-             "adds to the base; TFLOP/s: the frozen matmuls over the whole step.", ""]
-    print(*lines, sep="\n")
-    for row in table(device, args.quick, copy, matmul):
-        lines.append(f"| {' | '.join(map(str, row))} |" if row else "")
-        print(lines[-1], flush=True)
-    path = args.out / f"kernels-{device.type}.md"
-    write_whole(path, lambda p: p.write_text("\n".join([*lines, ""])))
-    print(f"saved to {path}")
+    head = [f"# One layer's projections, forward and backward, {device.type}", "",
+            f"`python kernels/bench.py{' --quick' * args.quick}`, {today()}, {hardware()}, {DTYPE[device.type]}, "
+            f"{torch.get_num_threads()} threads, r = {RANK}. Copy {copy / 1e9:.0f} GB/s, matmul {matmul / 1e12:.2f} "
+            "TFLOP/s, both measured here. GB/s: what the low-rank part has to move at the least over the time that it "
+            "adds to the base; TFLOP/s: the frozen matmuls over the whole step.", ""]
+    write_table(args.out / f"kernels-{device.type}.md", head, table(device, args.quick, copy, matmul))
 
 
 if __name__ == "__main__":

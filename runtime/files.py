@@ -160,14 +160,6 @@ def read_jsonl(path):
     return values
 
 
-def require_same(path, value):
-    """Writes the settings of a folder's measurements to `path`. Raises BadInput if the folder has others already."""
-    if path.exists() and read_json(path) != value:
-        raise BadInput(f"{path.parent} holds measurements under other {path.stem}, see {path.name}; "
-                       "--out DIR names another folder")
-    write_json(path, value)
-
-
 def append_jsonl(path, *rows):
     """Appends one line a row, all rows or none: a partial line would corrupt the next one. Raises BadInput."""
     if RANK:

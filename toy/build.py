@@ -11,7 +11,7 @@ Pre-training asks for skills by name ("largest: seven"), so every base can do al
 The toy shows whether adapters work on a frozen base, and on one of another width, depth, head count, tokenizer and
 architecture. It shows nothing on language, knowledge or scale: the bases know 43 words and sixteen skills.
 """
-import argparse, json, math, os, random, statistics, sys
+import json, math, os, random, statistics, sys
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from bases import encode, load_base
+from runtime.flags import parse, run_main
 from score import evaluate
 from tasks.rows import Row, read_rows
 
@@ -53,7 +54,7 @@ SKILLS = {
 ASIDE = ("fourth", "after_animal")  # known to the bases; no experiment may train on their tasks before its last step
 
 
-def make_list(rng, skill=None):
+def make_list(rng):
     """Draws a list and returns its text and {skill: the one right answer}. The words are a colour, an animal, a fruit,
     two numbers, and a second copy of the fruit or of a number; colour and animal are never at an end."""
     colour, animal, fruit = rng.choice(COLOURS), rng.choice(ANIMALS), rng.choice(FRUITS)
@@ -66,31 +67,27 @@ def make_list(rng, skill=None):
     return ", ".join(words), {name: answer(words) for name, answer in SKILLS.items()}
 
 
-def draw_choices(rng, task):
-    """Draws a list and returns its text, four of its words and the right one of these."""
-    text, answers = make_list(rng)
-    others = sorted(set(answers.values()) - {answers[task]})  # sorted: a set's order differs between processes
-    return text, [*rng.sample(others, 3), answers[task]], answers[task]
-
-
-def task_rows(task, n_train=1000, n_eval=200, draw_choices=draw_choices):
-    """{"train": rows, "eval": rows} of a task; no prompt twice, so none of eval is in train. A prompt names no skill;
-    its form is not in pre-training, its tokens are, in sentences about no list (FILLER), to train their embeddings."""
+def task_rows(task, n_train=1000, n_eval=200):
+    """{"train": rows, "eval": rows} of a task, with four words of the list to choose from; no prompt twice, so none of
+    eval is in train. A prompt names no skill; its form is not in pre-training, its tokens are, in sentences about no
+    list (FILLER), to train their embeddings."""
     rng, rows = random.Random(f"task {task}"), {}
     while len(rows) < n_train + n_eval:
-        text, choices, gold = draw_choices(rng, task)
+        text, answers = make_list(rng)
+        others = sorted(set(answers.values()) - {answers[task]})  # sorted: a set's order differs between processes
+        choices = [*rng.sample(others, 3), answers[task]]
         rng.shuffle(choices)
         rows.setdefault(text, {"task": task, "prompt": f"Words: {text}\nAnswer:",
-                               "choices": [" " + word for word in choices], "gold_idx": choices.index(gold)})
+                               "choices": [" " + word for word in choices], "gold_idx": choices.index(answers[task])})
     rows = list(rows.values())
     return {"train": rows[:n_train], "eval": rows[n_train:]}
 
 
-def write_tasks(world, folders):
-    """Writes the tasks of {task: folder}. `world`, here and below, is this module or toy/grid.py."""
+def write_tasks(folders):
+    """Writes the tasks of {task: folder}."""
     for task, folder in folders.items():
         folder.mkdir(parents=True, exist_ok=True)
-        for split, rows in world.task_rows(task).items():
+        for split, rows in task_rows(task).items():
             (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -109,18 +106,6 @@ def ask(rng, skill):
     return rng.choice(ASKS).format(skill.replace("_", ""))
 
 
-def ask_all(rng, ask, text, answers, words):
-    """Pieces of the list and of all questions, in random order. `words`: what a vague question may be answered with."""
-    pieces = [(rng.choice(LISTS).format(text), 0)]
-    for skill in rng.sample(list(answers), len(answers)):
-        pieces += [(ask(rng, skill), 0), (" " + answers[skill], 1)]
-        if rng.random() < 0.1:  # so that a base which is asked for nothing in particular prefers no skill
-            pieces += [(ask(rng, rng.choice(VAGUE)), 0), (" " + rng.choice(words), 0)]
-        if rng.random() < 0.02:
-            pieces.append(("\n" + rng.choice(FILLER), 0))
-    return pieces
-
-
 def document(rng):
     if rng.random() < 0.2:  # the skill before the list: four lists, one question each
         pieces = []
@@ -129,7 +114,13 @@ def document(rng):
             pieces += [(skill.replace("_", "") + f" of {text}:", 0), (" " + answers[skill], 1), ("\n", 0)]
         return pieces
     text, answers = make_list(rng)  # the skill after the list: many answers for few tokens
-    pieces = ask_all(rng, ask, text, answers, sorted(set(answers.values())))
+    pieces = [(rng.choice(LISTS).format(text), 0)]
+    for skill in rng.sample(list(SKILLS), len(SKILLS)):
+        pieces += [(ask(rng, skill), 0), (" " + answers[skill], 1)]
+        if rng.random() < 0.1:  # so that a base which is asked for nothing in particular prefers no skill
+            pieces += [(ask(rng, rng.choice(VAGUE)), 0), (" " + rng.choice(sorted(set(answers.values()))), 0)]
+        if rng.random() < 0.02:
+            pieces.append(("\n" + rng.choice(FILLER), 0))
     if rng.random() < 0.5:  # the list again: copying trains attention to the previous word, as before_ and after_ need
         for start, word in zip(["\nAgain:"] + [","] * 5, text.split(", ")):
             pieces += [(start, 0), (" " + word, 1)]
@@ -139,7 +130,7 @@ def document(rng):
 
 
 # ---------------------------------------------------------------------------------------------- tokenizers and bases
-FOLDER, QUESTIONS = HERE, 200  # the folder of the bases; how often check() asks for each skill by name
+QUESTIONS = 200  # how often check() asks for each skill by name
 TASKS = {task: HERE / ("data_aside" if task in ASIDE else "data") / task for task in SKILLS}  # their folders
 VOCABULARY = {"qwen": 480, "gemma": 222}  # tokens: every word is one in "qwen"; too few for that in "gemma"
 # Layers: F attends to all tokens, L (local) to the last `sliding_window` ones, without which before_ and after_ stayed
@@ -159,10 +150,10 @@ BASES = {  # name: (family, layers, sizes other than SHARED, rounds of (steps, l
 }
 
 
-def train_tokenizer(world, family):
+def train_tokenizer(family):
     """Returns byte-level BPE without <bos>; for "gemma" BPE over characters, with a visible space and a <bos>."""
     rng = random.Random("tokenizer")
-    corpus = ["".join(text for text, _ in world.document(rng)) for _ in range(4000)] + FILLER * 500
+    corpus = ["".join(text for text, _ in document(rng)) for _ in range(4000)] + FILLER * 500
     if family == "qwen":
         special = dict.fromkeys(["eos_token", "pad_token"], "<|endoftext|>")
         tok, alphabet = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel.alphabet()
@@ -177,7 +168,7 @@ def train_tokenizer(world, family):
         tok.decoder = decoders.Metaspace(prepend_scheme="never")
         tok.post_processor = processors.TemplateProcessing("<bos> $A", "<bos> $A <bos> $B", [("<bos>", 2)])
     tok.train_from_iterator(corpus, trainers.BpeTrainer(
-        vocab_size=world.VOCABULARY[family], show_progress=False, initial_alphabet=alphabet,
+        vocab_size=VOCABULARY[family], show_progress=False, initial_alphabet=alphabet,
         special_tokens=list(dict.fromkeys(special.values()))))
     return PreTrainedTokenizerFast(tokenizer_object=tok, model_max_length=512, **special)
 
@@ -214,22 +205,22 @@ def make_batch(tok, documents):
     return [pad_sequence([torch.tensor(own) for own in both], batch_first=True) for both in ids_and_weights]
 
 
-def pretrain(world, name):
+def pretrain(name):
     """Trains and saves the tokenizer and the model of a base: AdamW, a linear warm-up and cosine decay each round."""
-    (family, layers, sizes, rounds), folder = world.BASES[name], world.FOLDER / name
-    label, tok, warmup = folder.relative_to(HERE).as_posix(), train_tokenizer(world, family), 50
+    (family, layers, sizes, rounds), folder, warmup = BASES[name], HERE / name, 50
+    tok = train_tokenizer(family)
     tok.save_pretrained(folder)
     torch.manual_seed(0)
     model = new_model(family, layers, sizes, len(tok))
     for number, (steps, lr) in enumerate(rounds):
         if number:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
-        rng = random.Random(f"pretrain {label}" + f" {number}" * (number > 0))
+        rng = random.Random(f"pretrain {name}" + f" {number}" * (number > 0))
         opt = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda i: min(
             (i + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * max(0, i - warmup) / (steps - warmup))))
         for step in range(1, steps + 1):
-            ids, weights = make_batch(tok, [world.document(rng) for _ in range(16)])
+            ids, weights = make_batch(tok, [document(rng) for _ in range(16)])
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]                                # [B, T-1, V]
             nll, w = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none"), weights[:, 1:]  # [B, T-1]
             opt.zero_grad()
@@ -238,17 +229,17 @@ def pretrain(world, name):
             opt.step()
             schedule.step()
             if step % 100 == 0:
-                print(f"{label}  step {step}/{steps}  answer loss {nll[w == 1].mean():.3f}", flush=True)
+                print(f"{name}  step {step}/{steps}  answer loss {nll[w == 1].mean():.3f}", flush=True)
         model.to(torch.bfloat16).save_pretrained(folder)  # rounded; check() measures what is on disk
     assert (folder / "model.safetensors").stat().st_size < 1_000_000
 
 
 # ---------------------------------------------------------------------------------------------- measuring
-def questions(world, skill, n):
+def questions(skill, n):
     """n open rows that ask for a skill by name, in a form of pre-training, on lists made for this measurement."""
     rng = random.Random(f"measure {skill}")
-    lists = [world.make_list(rng, skill) for _ in range(n)]
-    return [Row(skill, rng.choice(LISTS).format(text) + world.ask(rng, skill), [" " + answers[skill]])
+    lists = [make_list(rng) for _ in range(n)]
+    return [Row(skill, rng.choice(LISTS).format(text) + ask(rng, skill), [" " + answers[skill]])
             for text, answers in lists]
 
 
@@ -263,14 +254,14 @@ def accuracy(base, rows):
     return {tasks[t]: cell["acc_norm"] for t, cell in evaluate(base, None, items, 4096).items()}
 
 
-def check(world, names):
+def check(names):
     """Prints what the bases know; exits with an error if the accuracy of a skill by name is below .95."""
-    rows = {"as a task": [row for task, path in world.TASKS.items() for row in read_rows(path / "eval.jsonl", task)],
-            "by name": [row for skill in world.SKILLS for row in questions(world, skill, world.QUESTIONS)]}
+    rows = {"as a task": [row for task, path in TASKS.items() for row in read_rows(path / "eval.jsonl", task)],
+            "by name": [row for skill in SKILLS for row in questions(skill, QUESTIONS)]}
     unfinished = []
     for name in names:
-        base = load_base(str(world.FOLDER / name))
-        for kind in filter(rows.get, rows):
+        base = load_base(str(HERE / name))
+        for kind in rows:
             found = accuracy(base, rows[kind])
             worst = min(found, key=found.get)
             print(f"{name}, {kind}: mean {statistics.fmean(found.values()):.3f}, lowest {worst} {found[worst]:.3f}")
@@ -279,22 +270,16 @@ def check(world, names):
         sys.exit(f"not finished, a skill is below .95: {', '.join(unfinished)}")
 
 
-def main(world):
-    """The command of both builders."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--only", choices=world.BASES, help="rebuild this base alone")
-    parser.add_argument("--check", action="store_true", help="measure what is on disk, build nothing")
-    parser.add_argument("--tasks", type=Path, metavar="DIR", help="write the tasks into DIR, build nothing")
-    args = parser.parse_args()
-    names = [args.only] if args.only else list(world.BASES)
-    if args.tasks:
-        return write_tasks(world, {task: args.tasks / task for task in world.SKILLS})
+def main(argv=None):
+    args = parse(__doc__, "only check", argv, only=dict(choices=BASES, help="rebuild this base alone"),
+                 check=dict(action="store_true", help="measure what is on disk, build nothing"))
+    names = [args.only] if args.only else list(BASES)
     if not args.check:
-        write_tasks(world, world.TASKS)
+        write_tasks(TASKS)
         for name in names:
-            pretrain(world, name)
-    check(world, names)
+            pretrain(name)
+    check(names)
 
 
 if __name__ == "__main__":
-    main(sys.modules[__name__])
+    run_main(main)

@@ -1,5 +1,5 @@
 """experiments/serving.py without vLLM: a stand-in that holds PEFT's models, or a small HTTP server, answers as vLLM's does."""
-import contextlib, os, sys, textwrap, types
+import contextlib, os, sys, textwrap
 
 import peft
 import pytest
@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import export
 from experiments import serving
-from experiments.serving import compare, speeds, to_continue
+from experiments.serving import compare
 from runtime.files import BadInput
 from runtime.saved import load_portal, save_portal
 
@@ -59,8 +59,8 @@ def test_the_command(far, tmp_path, monkeypatch, capsys, wrong):
             folder = folders[model] if model in folders else None                    # else the bare base
             assert folder or model == arguments["model"]
             folder = folder and (os.path.join(os.path.dirname(folder), "two") if wrong else folder)
-            return c and sum(peft_log_p(*os.path.split(folder) if folder else (None, None), prompt + c)[len(prompt) - 1:])
-        yield "1", lambda requests: (1.0, len(requests), [answer(*request) for request in requests])
+            return sum(peft_log_p(*os.path.split(folder) if folder else (None, None), prompt + c)[len(prompt) - 1:])
+        yield "1", lambda requests: [answer(*request) for request in requests]
     monkeypatch.setattr(serving, "server", server)
     (tmp_path / "venv" / "bin").mkdir(parents=True)
     assert command(serving, "--run", far, "--to", "base-a", "--venv", tmp_path / "venv") == 2        # no python there
@@ -73,9 +73,7 @@ def test_the_command(far, tmp_path, monkeypatch, capsys, wrong):
         return
     text = (tmp_path / "tables" / "serving.md").read_text()
     rows = [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines() if line.startswith("| ")]
-    plain = "bare base, server without LoRA"
-    assert code == 0 and rows == ["served", plain, "3 adapters", "served", plain, "bare base, server with LoRA", "1 adapter",
-                                  "2 adapters", "3 adapters"]
+    assert code == 0 and rows == ["served", "bare base, server without LoRA", "3 adapters"]
     assert str(tmp_path) not in text
 
 
@@ -99,24 +97,21 @@ def fake_python(venv, code):
 
 SERVER = """
     import http.server, json, sys
-    flags, steps = sys.argv, [10]
+    flags = sys.argv
     class Handler(http.server.BaseHTTPRequestHandler):
         def reply(self, text):
             self.send_response(200)
             self.end_headers()
             self.wfile.write(text.encode())
         def do_GET(self):
-            self.reply({"/version": '{"version": "9"}', "/metrics":
-                        f'vllm:iteration_tokens_total_count{{engine="0"}} {steps[0]}.0'}[self.path])
+            self.reply({"/version": '{"version": "9"}'}[self.path])
         def do_POST(self):
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             adapters = [text.split("=")[0] for text in flags[flags.index("--lora-modules") + 1:]]
             shift = 1000 * adapters.index(asked["model"])
-            ids, steps[0] = asked["prompt"], steps[0] + 1
-            assert asked["temperature"] == 0 and "--enable-lora" in flags
+            ids = asked["prompt"]
+            assert asked["temperature"] == 0 and asked["prompt_logprobs"] == 0 and "--enable-lora" in flags
             log_p = [None] + [{str(t): {"logprob": shift + 10 * i + t}, "7": {}} for i, t in enumerate(ids)][1:]
-            if "prompt_logprobs" not in asked:
-                assert asked["ignore_eos"] and asked["max_tokens"] == 32
             self.reply(json.dumps({"choices": [{"prompt_logprobs": log_p}]}))
     http.server.ThreadingHTTPServer(("127.0.0.1", int(flags[flags.index("--port") + 1])), Handler).serve_forever()
 """
@@ -127,9 +122,8 @@ def test_the_server_is_asked_for_each_rows_adapter(tmp_path):
     arguments = dict(model="some/base", enable_lora=True, max_loras=2, lora_target_modules=["q_proj", "v_proj"],
                      lora_modules=["one=a", "two=b"])
     with serving.server(venv, "lora", arguments) as (version, ask):
-        seconds, steps, found = ask([("two", [1, 2, 3], [4, 5]), ("one", [1], [6]), ("one", [1, 2], None)])
-        assert version == "9" and seconds > 0 and steps == 3
-        assert found == [1000 + 30 + 4 + 1000 + 40 + 5, 10 + 6, None]
+        assert version == "9"
+        assert ask([("two", [1, 2, 3], [4, 5]), ("one", [1], [6])]) == [1000 + 30 + 4 + 1000 + 40 + 5, 10 + 6]
     with pytest.raises(BadInput, match="refused"):                                   # the process has ended
         ask([("one", [1], [6])])
 
@@ -148,15 +142,3 @@ def test_a_difference_is_refused():
             compare("x", [1.0, wrong], [1.0, -2.0])
     with pytest.raises(ValueError):
         compare("x", [1.0], [1.0, 2.0])
-
-
-def test_speeds_are_compared_within_a_turn():
-    turns = {"bare": [(1.0, 4), (2.0, 4), (4.0, 4)], "two": [(2.0, 5), (2.0, 5), (16.0, 5)]}
-    assert [list(row.values()) for row in speeds(turns, 80)] == [["bare", 4, "40 [20..80]", "1.00 [1.00..1.00]"],
-                                                                 ["two", 5, "40 [5..40]", "0.50 [0.25..1.00]"]]
-
-
-def test_adapters_among_the_rows():
-    items = [types.SimpleNamespace(task=task, prompt=[task]) for task in (2, 2, 0, 1)]
-    for used, names in ((0, ["m"] * 4), (1, ["a"] * 4), (2, ["a", "b"] * 2), (3, ["c", "c", "a", "b"])):
-        assert to_continue(items, ["a", "b", "c"], used, "m") == [(n, [i.task], None) for n, i in zip(names, items)]

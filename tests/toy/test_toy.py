@@ -27,7 +27,7 @@ def test_fourteen_tasks_and_two_kept_aside(tasks):
 
 
 def test_the_tasks_on_disk_are_those_that_the_builder_writes(tmp_path):
-    build.write_tasks(build, {task: tmp_path / task for task in ("largest", "fourth")})
+    build.write_tasks({task: tmp_path / task for task in ("largest", "fourth")})
     for path in tmp_path.glob("*/*"):
         folder = ROOT / "toy" / ("data_aside" if path.parent.name in build.ASIDE else "data")
         assert path.read_bytes() == (folder / path.parent.name / path.name).read_bytes()
@@ -36,16 +36,16 @@ def test_the_tasks_on_disk_are_those_that_the_builder_writes(tmp_path):
 
 @pytest.mark.parametrize("name", build.BASES)
 def test_a_base_knows_the_skills_and_not_the_tasks(name, tasks):
-    assert (build.FOLDER / name / "model.safetensors").stat().st_size < 1_000_000
-    base, n = load_base(str(build.FOLDER / name)), 20 if name == "toy-hybrid" else 25   # it is the slowest by far
-    accuracy = build.accuracy(base, [row for skill in build.SKILLS for row in build.questions(build, skill, n)])
+    assert (build.HERE / name / "model.safetensors").stat().st_size < 1_000_000
+    base, n = load_base(str(build.HERE / name)), 20 if name == "toy-hybrid" else 25   # it is the slowest by far
+    accuracy = build.accuracy(base, [row for skill in build.SKILLS for row in build.questions(skill, n)])
     assert len(accuracy) == 16 and min(accuracy.values()) >= 0.95, accuracy
     rows = [row for splits in tasks.values() for row in splits["eval"][:n // 2]]
     assert sum(build.accuracy(base, rows).values()) / 14 <= 0.45  # refuses a prompt that is cut
 
 
 def test_the_bases_are_unlike():
-    small, medium, large, gemma, hybrid = bases = [load_base(str(build.FOLDER / name)) for name in build.BASES]
+    small, medium, large, gemma, hybrid = bases = [load_base(str(build.HERE / name)) for name in build.BASES]
     assert len({base.groups["q"][2:] for base in bases}) == len(bases) == 5
     assert len(large.blocks) > len(medium.blocks) and large.groups["q"].d_in > medium.groups["q"].d_in
     qwen_ids, gemma_ids = (base.tokenizer("Words: red, cat\nAnswer:").input_ids for base in (small, gemma))
@@ -56,7 +56,7 @@ def test_the_bases_are_unlike():
 
 def test_the_hybrid_by_plain_forward_passes():
     """One unpadded prompt a pass, without Base, batches or masks, which have to get a recurrent model right."""
-    folder = build.FOLDER / "toy-hybrid"
+    folder = build.HERE / "toy-hybrid"
     model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not any(info.values()) and model.config.model_type == "qwen3_5_text" and model.config.head_dim == 32
     kinds = model.config.layer_types
@@ -66,7 +66,7 @@ def test_the_hybrid_by_plain_forward_passes():
     assert attention.q_proj.out_features == 2 * attention.o_proj.in_features  # a query and its gate
     tok = AutoTokenizer.from_pretrained(folder)
     for skill in build.SKILLS:
-        rows = build.questions(build, skill, 10)
+        rows = build.questions(skill, 10)
         with torch.no_grad():
             said = [model(torch.tensor([tok(row.prompt).input_ids])).logits[0, -1].argmax() for row in rows]
         assert [tok(row.choices[0]).input_ids for row in rows] == [[token] for token in said], skill
