@@ -5,9 +5,9 @@ from data import most_rounds
 # REAL: the write-up's numbers (appendix A) but for whiten and lr, which is that of sums (Portal.rates). TOY, whiten and
 # lr: chosen on rows held out of train. An epoch is a pass over the largest task and has at least `least` rounds: on a
 # few rows a single pass gives too few steps.
-REAL = dict(n=2000, epochs=5, batch_size=4, lr=0.015, least=1, max_tokens=4096, sizes={},
+REAL = dict(n=2000, epochs=5, batch_size=4, lr=0.03, least=1, max_tokens=4096, sizes={},
             port=dict(n=1000, epochs=5, batch_size=4, lr=0.3, least=1, max_tokens=4096, whiten=0.1),
-            lora=dict(epochs=5, batch_size=4, lr=1e-4, least=1, max_tokens=4096))
+            lora=dict(epochs=5, batch_size=4, lr=3e-4, least=1, max_tokens=4096))
 TOY = dict(n=1000, epochs=2, batch_size=8, lr=0.3, least=28, max_tokens=4096,
            sizes=dict(d_z=64, hidden=256, d_c=32),
            port=dict(n=1000, epochs=1, batch_size=2, lr=0.5, least=448, max_tokens=4096, whiten=0.1),

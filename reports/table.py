@@ -39,6 +39,7 @@ def write_results(run, tasks):
         if not common:
             continue
         lines += table_rows(base, n, "seen" if base in seen else "unseen", cells, common)
+        notes += new_wordings(base, n, cells, common)
         details += ["", f"## {base}, n = {n}: acc_norm of the selected epoch", "",
                     "| task | " + " | ".join(cells) + " |", "|---" * (len(cells) + 1) + "|"]
         details += ["| " + " | ".join([cell(t), *(f"{c['best'][t]['acc_norm']:.3f}" for c in cells.values())]) + " |"
@@ -80,6 +81,14 @@ def table_rows(base, n, role, cells, tasks):
             f"{mean(m, 'best', 'log_loss'):.3f}", "-" if share is None else f"{100 * share:.0f}%",
             f"{100 * acc / high:.0f}%" if high else "-"]) + " |")
     return lines
+
+
+def new_wordings(base, n, cells, tasks):
+    """Returns a note of each method's accuracy on the rows whose wording training rows lack; none without such rows."""
+    own = {m: [c["best"][t]["held_out"]["acc_norm"] for t in tasks if "held_out" in c["best"][t]]
+           for m, c in cells.items()}
+    means = ", ".join(f"{m} {sum(found) / len(found):.3f}" for m, found in own.items() if found)
+    return [f"{base}, n = {n}, on rows of held-out wordings alone: {means}."] if means else []
 
 
 def missing(run, base, n, cells, tasks):

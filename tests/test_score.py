@@ -16,7 +16,7 @@ from portal import MODULES
 from runtime.files import BadInput
 from runtime.job import Job
 from score import decode, evaluate, lift, score
-from tasks.rows import Row
+from tasks.rows import NewWording, Row, read_line
 from train import fit, portal_learner
 
 ROWS = [Row("one", "w1 w2 w3", [" w4", " w5 w6", " w49"], 1), Row("two", "w9 w8", [" w7 w1 w2", " w7 w3"], 0),
@@ -179,7 +179,17 @@ def test_exact_match_and_log_loss_of_completions_equal_a_naive_loop(architecture
         for t in (0, 1):
             assert cells[t]["correct"] == correct[t] and cells[t]["metric"] == "exact_match"
             assert cells[t]["acc_norm"] == sum(correct[t]) / 4
-            assert cells[t]["log_loss"] == pytest.approx(nll[t] / tokens[t], rel=1e-4)
+            assert cells[t]["log_loss"] == pytest.approx(nll[t] / tokens[t], rel=1e-4) and "held_out" not in cells[t]
+    new = [row for row in rows if row.task == "task 1"][1:]                          # three of its four rows
+    items, _ = encode(base.tokenizer, [NewWording(*row) if row in new else row for row in rows], ["task 0", "task 1", "task 2"])
+    cells = evaluate(base, adapters, items, 10_000)
+    assert cells[1]["held_out"] == {"acc_norm": sum(correct[1][1:]) / 3, "rows": 3} and "held_out" not in cells[0]
+
+
+def test_a_row_says_that_its_wording_is_held_out():
+    for said, held_out in ((True, True), (False, False), ("true", False), (None, False)):
+        row, _ = read_line(json.dumps({"prompt": "w1", "completion": " w2", "held_out": said}).encode(), "t")
+        assert row.held_out is held_out and row == Row("t", "w1", [" w2"]) and row._replace(prompt="w3").held_out is held_out
 
 
 def test_training_on_completions_teaches_them_and_where_they_end(tmp_path):
