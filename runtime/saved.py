@@ -123,7 +123,7 @@ def load_portal(run, tags=(), final=False):
         z = tensors["z"][:len(cfg.tasks)]  # the file has more rows if an --add-task was killed before portal.json
         if z.shape != portal.z.shape:
             raise IndexError(z.shape)
-        portal.z.data = z
+        portal.z.data.copy_(z)                                                       # aligned, as when it was trained
     for tag in tags:
         portal.converters[tag] = load_converter(cfg, newest(f"converters/{tag}.safetensors"))
     return portal

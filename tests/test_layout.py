@@ -8,7 +8,7 @@ FILES = [p for p in sorted([*ROOT.glob("*.py"), *ROOT.glob("[!.]*/*.py")]) if p.
 NAMES = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in FILES}
 TOP = ["data", "eval", "export", "port", "portal", "presets", "score", "train"]         # what is new goes into a room
 ROOMS = {"baselines", "bases", "docs", "experiments", "exports", "kernels", "reports", "results", "runtime", "starts", "tasks", "tests", "toy"}
-LINES = 9999                                                                          # of the product: growth shows here
+LINES = 9200                                                                          # of the product: growth shows here
 ORDER = ["portal", "kernels.lora", "bases", "tasks.rows", "tasks.benchmarks", "tasks.check", "data", "presets", "score", "exports.portallib", "exports.hub", "exports.peft",
          "starts", "tasks.new_task", "train", "port", "baselines", "reports", "eval", "exports", "export", "experiments"]  # lower floors first; a file imports from
 #                                                                                       lower floors and its own folder
@@ -67,7 +67,7 @@ def test_nothing_is_imported_by_name():
 
 def test_the_rest_knows_the_room_of_bases_by_its_door():
     inside = {f"{name} imports {other}" for name in NAMES for other in OURS[name] if other.startswith("bases.") and not name.startswith("bases")}
-    assert {line for line in inside if line.rpartition(".")[2] in ("decoding", "files", "frozen", "load", "masks", "recorded", "sites", "tokens")} == set()
+    assert {line for line in inside if line.rpartition(".")[2] in ("decoding", "files", "frozen", "heads", "load", "masks", "of_run", "sites", "tokens")} == set()
 
 
 def test_what_stands_at_the_top_and_which_rooms_there_are():

@@ -3,7 +3,7 @@ import importlib.metadata, json, re
 from collections import Counter
 
 import pytest
-from data import as_read, load_tasks
+from tasks.rows import as_read, load_tasks
 from runtime.files import ROOT
 
 FOLDER = ROOT / "tasks/everyday"
