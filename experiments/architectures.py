@@ -16,7 +16,9 @@ Compared are, in float64, with adapters of two tasks on all projections that are
 A base has to take adapters of q and v, the default. The command ends with exit code 1 if a comparison fails, or
 anything else but a refusal in one line.
 """
-import contextlib, copy, multiprocessing, os, pathlib, resource, signal, sys, tempfile, traceback
+import copy, multiprocessing, os, pathlib, resource, signal, sys, tempfile, traceback
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import peft, torch, transformers
 
@@ -227,24 +229,20 @@ def check(name):
         return found, "wrong", f"{type(error).__name__}: {first_line(error)} ({os.path.basename(path)}:{line})"
 
 
+def limited():
+    """Limits this process: too many BYTES are an exception, too many SECONDS end it with SIGALRM; it prints nothing."""
+    resource.setrlimit(resource.RLIMIT_DATA, (BYTES, BYTES))
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+
+
 def in_a_process(name):
-    """Returns check(name), or what ended its process: a crash or too many SECONDS. Too many BYTES are an exception."""
-    def work():
-        resource.setrlimit(resource.RLIMIT_DATA, (BYTES, BYTES))
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)                                # ends this process with SIGALRM
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-            end.send(check(name))
-    start, end = multiprocessing.Pipe(False)
-    process = multiprocessing.get_context("fork").Process(target=work)
-    process.start()
-    end.close()
-    try:
-        return start.recv()
-    except EOFError:                                                                 # it ended without a word
-        process.join()
-        if process.exitcode == -signal.SIGALRM:
-            return "-", "wrong", f"not done after {SECONDS} seconds"
-        return "-", "wrong", f"its process ended with exit code {process.exitcode}"
+    """Returns check(name), or that its process crashed or took too long."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork"), limited) as pool:
+        try:
+            return pool.submit(check, name).result()
+        except BrokenProcessPool:
+            return "-", "wrong", f"its process crashed, or was not done after {SECONDS} seconds"
 
 
 # ---------------------------------------------------------------------------------------------- the command

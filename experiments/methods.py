@@ -63,12 +63,12 @@ def bare(world, shots=0):
                 for task, (train, measured) in world.rows.items()}, None
 
 
-def loras(world, rank=16, modules=None, carry=None, factor=1, ported=None, port_lr=0.9, mean=False):
-    """LoRAs of `modules` (default: all), alpha twice the rank. carry: they start as the source's, carried over by a
+def loras(world, rank=16, carry=None, factor=1, ported=None, mean=False):
+    """LoRAs of all modules, alpha twice the rank. carry: they start as the source's, carried over by a
     method of baselines/cross_lora.py or by "maps" (ridge_maps), times `factor`; ported: they start after half of the
-    rounds as what a port with these settings generates, fitted at port_lr; mean: the mean of the other tasks' LoRAs is
-    measured in the place of each."""
-    own, base, source = TaskLoRAs(len(world.rows), world.base, modules, rank, 2 * rank), world.base, world.source
+    rounds as what a port with these settings generates, fitted at the rate 0.9; mean: the mean of the other tasks'
+    LoRAs is measured in the place of each."""
+    own, base, source = TaskLoRAs(len(world.rows), world.base, None, rank, 2 * rank), world.base, world.source
     def learners(lr, rounds):
         return own.adapters, [Learner([{"params": own.of(t), "lr": lr}], [task], rounds, 1)
                               for t, task in enumerate(world.rows)]
@@ -84,7 +84,7 @@ def loras(world, rank=16, modules=None, carry=None, factor=1, ported=None, port_
         def after_port(lr, rounds):
             take_over(own, generated(base.name))
             return learners(lr, rounds - rounds // 2)
-        stages = [lambda lr, rounds: port(port_lr, rounds // 2), after_port]
+        stages = [lambda lr, rounds: port(0.9, rounds // 2), after_port]
     return stages, world.rows, (lambda name: others_mean(own.adapters())) if mean else own.adapters
 
 
@@ -138,11 +138,11 @@ def sources(world, **config):
     return [learners], world.rows, portal.adapters
 
 
-def ports(world, aligned=False, eps=None, untrained=False, swapped=False, unfreeze=False, labels=None, e=None):
+def ports(world, aligned=False, eps=None, untrained=False, swapped=False, unfreeze=False, labels=None):
     """A port. aligned: P_in starts as port.py --align has it; eps: of starts.whiten; untrained: the core is a new one,
     its B-heads as large as the trained ones'; swapped: each task has another one's latent; unfreeze: the last third of
     the rounds trains latents and core, too, at a tenth of the rate; labels: so many rows a task keep their labels, the
-    others have the source's answers, as with port.py --teacher; e "random": not the source's layer embeddings."""
+    others have the source's answers, as with port.py --teacher."""
     portal, converter, rows = copy.deepcopy(world.portal), world.converter(), world.rows
     if untrained:
         portal.core = untrained_core(portal.core)
@@ -157,8 +157,6 @@ def ports(world, aligned=False, eps=None, untrained=False, swapped=False, unfree
         return portal.adapters, [Learner(portal.rates(lr), list(rows), rounds, 1, None if freeze else portal.z)]
     for g in converter.P_in if aligned else ():
         converter.P_in[g].data.copy_(world.P_in[g])
-    if e == "random":
-        converter.e.data.normal_()
     if eps:
         portal.core, _ = whiten(portal.core, portal.z, converter, eps)
     portal.converters = {world.base.name: converter}
@@ -213,7 +211,6 @@ METHODS = {
     "source of all modules": Method(sources, core=dict(modules=MODULES)),
     "lora": lora(LONG),
     "lora of batch 2": lora(SMALL, 2),
-    "lora of q and v": lora(SMALL, 2, modules=("q", "v")),
     "mean of the other loras": lora((224,), 2, mean=True),
     "lora from cross_lora": carried(carry="cross_lora"),
     "lora from copy": carried(carry="copy"),
@@ -229,7 +226,6 @@ METHODS = {
     "portal aligned latents swapped": port(aligned=True, swapped=True),
     "portal aligned to a teacher": port(aligned=True, labels=0),
     "portal aligned to a teacher and 8 labels": port(aligned=True, labels=8),
-    "portal of random e": port(e="random"),
     "portal aligned of rank 16": port(aligned=True, core=dict(rank=16, alpha=32)),
     "portal aligned of all modules": port(aligned=True, core=dict(modules=MODULES)),
     "portal of batch 8 aligned": port(LONG, 8, aligned=True),

@@ -1,5 +1,5 @@
 """The fast part of experiments.architectures, a type of each structure; and that its comparisons can fail."""
-import os, re
+import os, re, time
 
 import pytest
 import torch
@@ -106,11 +106,12 @@ def test_exact_computes_in_float64():
 
 
 def test_a_process_that_crashes_or_hangs_is_a_row(monkeypatch):
-    monkeypatch.setattr(architectures, "check", lambda name: os._exit(7))
-    assert in_a_process("qwen3") == ("-", "wrong", "its process ended with exit code 7")
-    monkeypatch.setattr(architectures, "check", lambda name: os.read(os.pipe()[0], 1))
+    broken = ("-", "wrong", "its process crashed, or was not done after 0.1 seconds")
+    monkeypatch.setattr(architectures, "check", os._exit)
+    assert in_a_process(7) == (*broken[:2], broken[2].replace("0.1", "120"))
+    monkeypatch.setattr(architectures, "check", time.sleep)
     monkeypatch.setattr(architectures, "SECONDS", 0.1)
-    assert in_a_process("qwen3") == ("-", "wrong", "not done after 0.1 seconds")
+    assert in_a_process(60) == broken
 
 
 def test_the_command_and_its_page(monkeypatch, tmp_path, capsys):

@@ -81,7 +81,7 @@ def test_ports_leave_the_world_as_it_is_and_start_as_named(here):
     converter = here.converter()
     align(converter, here.base, here.like, here.source, here.texts)
     assert torch.equal(of(aligned=True)[0].converters["target"].P_in["q"], converter.P_in["q"])
-    assert torch.equal(plain.converters["target"].e, converter.e) and not torch.equal(of(e="random")[0].converters["target"].e, converter.e)
+    assert torch.equal(plain.converters["target"].e, converter.e)
     unfrozen, _, (first, second) = of(unfreeze=True)
     (_, (a,)), (_, (b,)) = first(0.1, 9), second(0.1, 9)
     assert (a.rounds, b.rounds) == (6, 3) and {id(p) for p in b.params} > {id(p) for p in a.params}
