@@ -60,13 +60,15 @@ def align(converter, base, like, source, texts):
     what = f"aligning {base.name} with {source.name}"
     for text in tqdm(texts, desc=what, unit="text", delay=2, leave=False, disable=NO_BAR):
         x, source_x = shared_inputs(base, source, text, modules)
+        read = {}                                                                    # {g: [(X [S, d_in], Y [S, d_c])]}
         for m in modules:
             for (layer, g, _), (source_layer, source_g, _) in same_depths(base, source, m):
-                if (m, layer) not in x or (m, source_layer) not in source_x:
-                    continue
-                X = x[m, layer].double()                                             # [S, d_in]
-                Y = source_x[m, source_layer].double() @ source_P[source_g].T                # [S, d_c]
-                XX[g], XY[g] = XX[g] + X.T @ X, XY[g] + X.T @ Y
+                if (m, layer) in x and (m, source_layer) in source_x:
+                    Y = source_x[m, source_layer].double() @ source_P[source_g].T
+                    read.setdefault(g, []).append((x[m, layer].double(), Y))
+        for g, pairs in read.items():                                                # all layers of a group at once: the
+            X, Y = map(torch.cat, zip(*pairs))                                       # sums are wide, adding to them costs
+            XX[g], XY[g] = XX[g] + X.T @ X, XY[g] + X.T @ Y
     for g, P_in in converter.P_in.items():
         if torch.is_tensor(XX[g]):                                                   # else text does not reach them
             P_in.copy_(ridge(XX[g], XY[g]).T)                                        # [d_c, d_in]
