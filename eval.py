@@ -15,13 +15,13 @@ import torch
 from baselines import cross_lora, hypernet, lora
 from bases import encode, find_base, reload_base
 from exports.hub import run_of
+from presets import REAL, TOY, preset, resolve_settings
 from reports import upgrade
 from reports.results import fit_date, pack
 from reports.table import METHODS, write_results
 from runtime.distributed import RANK
 from runtime.files import BadInput, read_json
 from runtime.flags import parse, run_main
-from presets import REAL, TOY, preset, resolve_settings
 from runtime.resume import Journal, command_of, digests_of, forget, state_file
 from runtime.run_folder import find_run, lock
 from runtime.saved import load_adapters, load_config, load_converter, load_portal, provenances, saved_at

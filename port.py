@@ -16,10 +16,10 @@ import torch
 from bases import TOY_UNSEEN, find_base, load_base, refuse_twin, reload_base, short_name, short_names
 from exports.hub import run_of
 from portal import Converter, layers_of
+from presets import REAL, TOY, preset, resolve_settings
 from runtime.files import ROOT, BadInput, read_json
 from runtime.flags import commas, parse, positive, run_main
 from runtime.job import DryRun, Job
-from presets import REAL, TOY, preset, resolve_settings
 from runtime.resume import Journal, command_of, digests_of, forget, state_file
 from runtime.run_folder import find_run, lock
 from runtime.saved import load_config, load_portal, provenances, save_port

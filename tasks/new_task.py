@@ -8,9 +8,9 @@ import torch
 
 from bases import find_base, reload_base
 from exports.hub import run_of
+from presets import preset, resolve_settings
 from runtime.files import PLAIN, BadInput, as_nfc, plain, today, write_json
 from runtime.job import DryRun, Job
-from presets import preset, resolve_settings
 from runtime.resume import digests_of, forget, state_file
 from runtime.run_folder import find_run, lock
 from runtime.saved import load_config, load_portal, load_tensors, provenances, save_tensors

@@ -12,10 +12,10 @@ from tokenizers import normalizers
 
 import score as scoring
 from bases import encode
-from portal import MODULES
+from portal import MODULES, Adapters
 from runtime.files import BadInput
 from runtime.job import Job
-from score import decode, evaluate, lift, score
+from score import decode, evaluate, lift, score, task_spread
 from tasks.rows import NewWording, Row, read_line
 from train import fit, portal_learner
 
@@ -184,6 +184,17 @@ def test_exact_match_and_log_loss_of_completions_equal_a_naive_loop(architecture
     items, _ = encode(base.tokenizer, [NewWording(*row) if row in new else row for row in rows], ["task 0", "task 1", "task 2"])
     cells = evaluate(base, adapters, items, 10_000)
     assert cells[1]["held_out"] == {"acc_norm": sum(correct[1][1:]) / 3, "rows": 3} and "held_out" not in cells[0]
+
+
+def test_what_tasks_share_and_how_many_directions_tell_them_apart():
+    g = np.random.default_rng(0)
+    shared, apart = g.normal(size=(1, 2, 5, 3)), np.zeros((4, 2, 5, 3))
+    apart[0, 0, 0, 0], apart[1, 0, 0, 0], apart[2, 1, 4, 2], apart[3, 1, 4, 2] = 2, -2, 1, -1  # means 0; energies 8 and 2
+    adapters = Adapters({}, {"q": torch.tensor(shared + apart), "v": torch.zeros(4, 2, 7, 3)}, 1.0)
+    share, rank = task_spread(adapters)
+    assert share == pytest.approx(4 * (shared ** 2).sum() / ((shared + apart) ** 2).sum())
+    assert rank == pytest.approx(np.exp(-0.8 * np.log(0.8) - 0.2 * np.log(0.2)))
+    assert task_spread(Adapters({}, {"q": torch.ones(4, 2, 5, 3)}, 1.0)) == (1, 0)
 
 
 def test_a_row_says_that_its_wording_is_held_out():

@@ -1,5 +1,5 @@
 """The help of each command: every flag, in its group, with the presets' values."""
-import os, re, subprocess, sys
+import os, pathlib, re, subprocess, sys
 
 import pytest
 from conftest import command, write_task
@@ -7,6 +7,7 @@ from conftest import command, write_task
 import eval as evaluation, export, port, train
 from runtime import flags
 from runtime.files import ROOT
+from tasks.rows import load_tasks
 
 @pytest.mark.parametrize("module", [train, port, evaluation, export])
 def test_the_help_has_every_flag_in_its_group_and_the_presets(module, capsys, monkeypatch):
@@ -49,3 +50,10 @@ def test_any_locale_and_a_reader_that_leaves(tmp_path):
     process = subprocess.Popen(check, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     assert (process.stderr.read(), process.wait()) == (b"", 141)
+
+
+def test_everyday_is_the_folder_that_comes_with_the_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "everyday").mkdir()
+    assert len(load_tasks(flags.parse("", "data", ["--data", "everyday"]).data)) == 16
+    assert flags.parse("", "data", ["--data", "./everyday"]).data == pathlib.Path("everyday")
