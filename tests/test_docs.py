@@ -21,7 +21,7 @@ SOURCES = [path for folder in (ROOT, *(ROOT / name for name in PACKAGES)) for pa
 COMMANDS = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in SOURCES
             if 'if __name__ == "__main__"' in path.read_text() and path.name != "portal.py"]       # which takes no flags
 RUN = ("train", "port", "eval", "export", "experiments.plots")  # on the toy; the others are parsed alone
-NOT_THE_TOY = re.compile(r"qwen3|gemma-[34]|\.\.\.|\b(DIR|BASE|RUN|TASK|org/name)\b")
+NOT_THE_TOY = re.compile(r"qwen3|gemma-[34]|smollm2|bfloat16|\.\.\.|\b(DIR|BASE|RUN|TASK|org/name)\b")
 NOT_OURS = {"pytest", "hf", "vllm"}                                                  # programs of fenced lines, not run
 page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 
