@@ -66,8 +66,8 @@ def align(converter, base, like, source, texts):
                 if (m, layer) in x and (m, source_layer) in source_x:
                     Y = source_x[m, source_layer].double() @ source_P[source_g].T
                     read.setdefault(g, []).append((x[m, layer].double(), Y))
-        for g, pairs in read.items():                                                # all layers of a group at once: the
-            X, Y = map(torch.cat, zip(*pairs))                                       # sums are wide, adding to them costs
+        for g, pairs in read.items():            # all layers of a group at once: adding to such wide sums takes longest
+            X, Y = map(torch.cat, zip(*pairs))
             XX[g], XY[g] = XX[g] + X.T @ X, XY[g] + X.T @ Y
     for g, P_in in converter.P_in.items():
         if torch.is_tensor(XX[g]):                                                   # else text does not reach them

@@ -87,7 +87,9 @@ def test_a_port_to_a_teacher_reads_no_label(trained, monkeypatch, capsys):
             path.write_text("".join(json.dumps({"task": "one", "prompt": f"w{k}", "completion": with_}) + "\n" for k in range(9)))
     completed(" w1")
     before = fingerprint(trained)
-    for teacher, words in (("base-x", ["base-x", "base-a"]), ("base-b", ["--teacher", "one", "ends within 64 tokens"])):  # it never ends
+    monkeypatch.setattr("starts.teacher.decode", lambda teacher, adapters, items, max_tokens:   # it never ends
+                        ["w1 " * (2 * len(item.continuations[0])) for item in items])
+    for teacher, words in (("base-x", ["base-x", "base-a"]), ("base-b", ["--teacher", "one", "ends within 64 tokens"])):
         capsys.readouterr()
         assert command(port, "--to", "base-c", "--teacher", teacher, "--overwrite") == 2
         one_line(capsys, words)
