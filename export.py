@@ -14,7 +14,7 @@ import contextlib, json, pathlib, re, tempfile
 
 import torch
 
-from bases import auto_class, find_base, recorded, reload_base
+from bases import auto_class, find_base, recorded, reload_base, usual_dtype
 from eval import adapters_of, same_fit
 from exports.hub import fetch, push, push_run, run_of
 from exports.merge import files_of, save_converted, save_merged
@@ -121,7 +121,7 @@ def parse_flags(argv):
     if wrong:
         raise BadInput(wrong[0])
     args.task = args.task or ("all" if args.push else None)
-    args.dtype = args.dtype or (torch.float32 if args.device.startswith("cpu") else torch.bfloat16)
+    args.dtype = args.dtype or usual_dtype(args.device)
     return args
 
 

@@ -182,6 +182,11 @@ def auto_class(config):
     return AutoModelForImageTextToText
 
 
+def usual_dtype(device):
+    """Returns the dtype of a base unless --dtype is given: float32 on a CPU, else bfloat16."""
+    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+
+
 @functools.cache
 def cpu_dtype():
     """The dtype of real bases on this CPU. Prints, once, that it has instructions for bfloat16 (AVX512-BF16 or AMX)."""
@@ -193,9 +198,7 @@ def cpu_dtype():
 
 def default_dtype(name, device):
     """The dtype of a base unless --dtype is given; the toy's are too small to gain from half of it on a CPU."""
-    if torch.device(device).type != "cpu":
-        return torch.bfloat16
-    return torch.float32 if name in TOY else cpu_dtype()
+    return cpu_dtype() if torch.device(device).type == "cpu" and name not in TOY else usual_dtype(device)
 
 
 def four_bits(device, dtype):

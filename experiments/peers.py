@@ -16,6 +16,7 @@ from functools import partial
 import torch
 from tqdm import trange
 
+from bases import usual_dtype
 from experiments.tables import markdown
 from experiments.contestants import (ROWS, Work, decode_harness, decode_ours, evaluate_harness, evaluate_ours,
                                      train_ours, train_portallib)
@@ -130,7 +131,7 @@ def main(argv=None):
                  bases=dict(default=["smollm2-135m"], help="--generate: the bases"),
                  max_tokens=dict(default=REAL["max_tokens"]),
                  out=dict(type=pathlib.Path, default=ROOT / "results", metavar="DIR", help="where the table goes"))
-    args.dtype = args.dtype or (torch.float32 if args.device.startswith("cpu") else torch.bfloat16)
+    args.dtype = args.dtype or usual_dtype(args.device)
     threads, lines, kind = torch.get_num_threads(), [], "generate" if args.generate else "bench"
     path = args.out / f"{kind}-{torch.device(args.device).type}.md"
     peers = [f"{p} {importlib.metadata.version(p)}" for p in ("transformers", "portallib", "lm_eval")

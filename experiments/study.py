@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from bases import MAX_LENGTH, TOY_SEEN, encode, load_base, short_name
+from bases import MAX_LENGTH, TOY_SEEN, encode, load_base, short_name, usual_dtype
 from data import most_rounds
 from experiments.methods import METHODS, World, loras, ports, sources
 from experiments.tables import draw, read, tried
@@ -191,7 +191,7 @@ def stand_of(args):
         return Stand(device=args.device)
     if not (args.data and args.out) or len(args.to or ()) > 1:
         raise BadInput("with --bases, --data and --out are needed, and one base at most as --to")
-    dtype = args.dtype or (torch.float32 if args.device == "cpu" else torch.bfloat16)
+    dtype = args.dtype or usual_dtype(args.device)
     return Stand(tuple(args.bases), args.to and args.to[0], args.data, args.tasks and tuple(args.tasks),
                  args.source_n or 32, 40, args.eval_rows or 100, tuple(args.rounds or [24]), args.device, dtype)
 
