@@ -6,13 +6,14 @@
     exact match    = share of open rows whose greedy decoding reads as the completion; it is reported as acc_norm.
                      Decoding ends at EOS, at the end of the last line that counts (as many as the completion has), or
                      after twice as many tokens as the row's own completion has, at least 16: the number of a task is
-                     the same whatever else is evaluated
+                     the same whatever else is evaluated. Scoring the completion tells what decoding would begin with,
+                     which settles most rows; only the others are decoded
     acc_norm_harness = lm-evaluation-harness's acc_norm: without the leading space; of equal scores the first counts
     recovered lift = (acc - acc_base) / (acc_LoRA - acc_base)         retention = acc / acc_LoRA
 
 Training selects its epoch by these numbers on rows held out of train; evaluation reports them on evaluation rows.
 """
-import math
+import math, unicodedata
 
 import torch
 from tqdm import tqdm
@@ -21,33 +22,51 @@ from bases import decoding_limit
 from data import collate, micro_batches
 from runtime.distributed import NO_BAR, map_sharded
 from runtime.files import BadInput
-from tasks.rows import as_read
+from tasks.rows import as_read, visible
 
 
 # ---------------------------------------------------------------------------------------------- the two numbers
-@torch.no_grad()
 def score(base, adapters, items, max_tokens):
     """Returns for every item, in order, the log-probability of each of its continuations, a list of floats. adapters
-    None: the bare base. A prompt is encoded once with its continuations behind it, where the base's layers can keep
-    them apart (Base.packs); micro-batches mix tasks. Raises BadInput for scores that are not finite."""
+    None: the bare base. Raises BadInput for scores that are not finite."""
+    return [log_p for log_p, _ in score_and_best(base, adapters, items, max_tokens)]
+
+
+@torch.no_grad()
+def score_and_best(base, adapters, items, max_tokens):
+    """Returns for every item, in order, (what `score` says, the most probable token in the place of each token of its
+    first continuation). A prompt is encoded once with its continuations behind it, where the base's layers can keep
+    them apart (Base.packs); micro-batches mix tasks of choices."""
     split = [[item] if base.packs else item.rows() for item in items]
-    def log_p_of(items):
-        found, parts = {}, micro_batches(items, max_tokens)
+    def found_of(items):
+        found, parts = {}, scoring_batches(items, max_tokens)
         for part in tqdm(parts, desc=f"scoring on {base.name}", unit="batch", delay=2, leave=False, disable=NO_BAR):
             batch = collate(part, base.device)
-            log_p = -base.nll(batch, adapters)[1]                                    # [M]
+            _, nll, best = base.nll(batch, adapters)                                 # [M] each
             sums = torch.zeros(sum(len(item.continuations) for item in part), dtype=torch.float64, device=base.device)
-            sums = iter(sums.index_add_(0, batch.owner, log_p.double()).tolist())
-            found.update({id(item): [next(sums) for _ in item.continuations] for item in part})
+            sums, best = iter((-sums.index_add_(0, batch.owner, nll.double())).tolist()), iter(best.tolist())
+            for item in part:
+                own = [[next(best) for _ in tokens] for tokens in item.continuations]
+                found[id(item)] = [next(sums) for _ in own], own[0]
         return [found[id(item)] for item in items]
-    log_p = iter(map_sharded(log_p_of, [row for rows in split for row in rows]))
-    log_p = [[value for _ in rows for value in next(log_p)] for rows in split]
-    wrong = {item.row.task: None for item, own in zip(items, log_p) if not all(map(math.isfinite, own))}
+    rows = iter(map_sharded(found_of, [row for rows in split for row in rows]))
+    found = [[next(rows) for _ in rows_of] for rows_of in split]                     # [(log_p of some, best)] an item
+    found = [([value for log_p, _ in own for value in log_p], own[0][1]) for own in found]
+    wrong = {item.row.task: None for item, (log_p, _) in zip(items, found) if not all(map(math.isfinite, log_p))}
     if wrong:                                                                        # they would count as wrong answers
         fit = " or a fit with a smaller --lr" if adapters else ""
         raise BadInput(f"base {base.name}{' with adapters' if adapters else ''}, task {', '.join(wrong)}: scores are "
                        f"not finite; try --dtype float32 or bfloat16{fit}")
-    return log_p
+    return found
+
+
+def scoring_batches(items, max_tokens):
+    """Returns micro-batches of `items`: those of choices mix tasks, those of completions do not. A batch's rounding
+    depends on all of its rows, so that in half precision another task's rows would now and then change a token."""
+    kinds = {}
+    for item in items:
+        kinds.setdefault(item.task if item.row.open else None, []).append(item)
+    return [part for own in kinds.values() for part in micro_batches(own, max_tokens)]
 
 
 @torch.no_grad()
@@ -84,16 +103,49 @@ def task_spread(adapters):
     return float(1 - energies.sum() / B.square().sum()), float(torch.special.entr(shares).sum().exp())
 
 
+def exact_matches(base, adapters, scored, max_tokens):
+    """Returns {id of an item: whether greedy decoding gives its completion} of pairs (item with a completion, best).
+    best: see score_and_best. Only rows that these tokens do not settle are decoded."""
+    found = {id(item): settled(base.tokenizer, item, best) for item, best in scored}
+    unsettled = [item for item, _ in scored if found[id(item)] is None]
+    for item, text in zip(unsettled, decode(base, adapters, unsettled, max_tokens)):
+        found[id(item)] = as_read(text) in map(as_read, golds(base.tokenizer, item))
+    return found
+
+
+def settled(tokenizer, item, best):
+    """Returns whether greedy decoding gives an item's completion, or None where that cannot be told.
+
+    best: the most probable token after the prompt, and after each token of the completion. Decoding begins with those,
+    up to the first that differs from the completion's. The text so far is then whole, or the completion does not begin
+    like that; or else other tokens spell the same, and may go on like it or not."""
+    gold, texts, eos = item.continuations[0], golds(tokenizer, item), tokenizer.eos_token_id
+    k = next((k for k, (own, token) in enumerate(zip(gold, best)) if own != token), len(gold) - 1)
+    new, lines = best[:k + 1], lines_of(texts)
+    text = tokenizer.decode(new[:-1] if new[-1] == eos else new, clean_up_tokenization_spaces=False)
+    if new[-1] == eos or text.count("\n") >= lines:
+        return as_read("\n".join(text.split("\n")[:lines])) in map(as_read, texts)
+    return None if any(letters(gold).startswith(letters(text)) for gold in texts) else False
+
+
+def letters(text):
+    """Returns what of a text is sure to stay where it goes on: without white space, decomposed, and without what stands
+    at its end for the first bytes of a character, or marks that others may come before."""
+    text = "".join(unicodedata.normalize("NFD", visible(text.rstrip("\ufffd"))).split())
+    return text[:next((k for k in range(len(text), 0, -1) if not unicodedata.combining(text[k - 1])), 0)]
+
+
+def lines_of(texts):
+    """Returns how many lines are decoded where any of `texts` would be right."""
+    return 1 + max(text.rstrip().count("\n") for text in texts)
+
+
 def decode(base, adapters, items, max_tokens, end=None):
     """Returns for every item with a completion, in order, the greedily decoded text: as many lines as its gold
     completion has, a bare base does not stop there, and at most the tokens of bases.decoding_limit. end: (tokens,
     lines) instead, where a completion is not to be read."""
-    def end_of(item):
-        if end:
-            return end[0], end[1]
-        return (decoding_limit(item.continuations[0]),
-                1 + max(gold.rstrip().count("\n") for gold in golds(base.tokenizer, item)))
-    ends = {id(item): end_of(item) for item in items}
+    ends = {id(item): end or (decoding_limit(item.continuations[0]), lines_of(golds(base.tokenizer, item)))
+            for item in items}
     def texts_of(items):
         found, parts = {}, decoding_batches(items, [ends[id(item)][0] for item in items], max_tokens)
         for part in tqdm(parts, desc=f"decoding on {base.name}", unit="batch", delay=2, leave=False, disable=NO_BAR):
@@ -145,13 +197,14 @@ def evaluate(base, adapters, items, max_tokens):
     the tasks in `items`. A task of completions has its exact match as "acc_norm", and "metric": "exact_match" in place
     of the last. Where rows have wordings that training rows lack, "held_out" is their {"acc_norm", "rows"}. Raises
     BadInput: see score."""
-    cells, scored = {}, score(base, adapters, items, max_tokens)
-    texts = iter(decode(base, adapters, [item for item in items if item.row.open], max_tokens))
-    for item, log_p in zip(items, scored):
+    cells, scored = {}, score_and_best(base, adapters, items, max_tokens)
+    completed = [(item, best) for item, (_, best) in zip(items, scored) if item.row.open]
+    right = exact_matches(base, adapters, completed, max_tokens)
+    for item, (log_p, _) in zip(items, scored):
         gold, scores = item.row.gold, per_character(item, log_p)
         cell = cells.setdefault(item.task, {"correct": [], "nll": 0.0, "tokens": 0, "harness": [], "new": []})
         if item.row.open:
-            cell["correct"].append(as_read(next(texts)) in map(as_read, golds(base.tokenizer, item)))
+            cell["correct"].append(right[id(item)])
         else:
             cell["correct"].append(scores[gold] > max(s for k, s in enumerate(scores) if k != gold))
             cell["harness"].append(harness_choice(item, log_p) == gold)

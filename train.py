@@ -93,7 +93,7 @@ def task_gradients(base, adapters, items, max_tokens):
         task = batch.task[batch.row]                                                 # [M]
         weights = [float(w) for item in part for w in item.weights or (1,)]
         weight = to_device(torch.tensor(weights), base.device)[batch.owner] / tokens[task]  # [M]
-        loss, nll = base.nll(batch, leaf, weight)
+        loss, nll, _ = base.nll(batch, leaf, weight)
         loss.backward()
         losses.index_add_(0, task, (weight * nll).float())
     gradients = [torch.zeros_like(a) if a.grad is None else a.grad for a in leaf.tensors()]  # None: an empty shard

@@ -131,8 +131,9 @@ class Base:
             return self.model(input_ids=batch.ids, use_cache=False, **masks.of(self, batch)).logits[0]
 
     def nll(self, batch, adapters=None, weight=None):
-        """Returns (loss, nll [M]) of the answer tokens of `batch`: their NLL, float32 at least, and the sum of it times
-        weight [M], which alone has a gradient. weight None: ones. adapters: see logits.
+        """Returns (loss, nll [M], best [M]) of the answer tokens of `batch`: their NLL, float32 at least, the sum of it
+        times weight [M], which alone has a gradient, and the most probable token in the place of each, None where the
+        loss has a gradient. weight None: ones. adapters: see logits.
 
         The logits of all positions are not kept where the head is a plain one: it then gets no positions, and
         kernels/cross_entropy.py what it would have got."""
@@ -143,8 +144,8 @@ class Base:
             self.logits(batch, adapters)
             h, = self.active.caught[0]                                               # [N, d]
         linear, scale, cap = self.head
-        loss, nll = linear_nll(h, linear.weight, linear.bias, batch.source, batch.target, weight, scale, cap)
-        return loss.to(self.device), nll.to(self.device)
+        found = linear_nll(h, linear.weight, linear.bias, batch.source, batch.target, weight, scale, cap)
+        return tuple(a if a is None else a.to(self.device) for a in found)
 
     @functools.cached_property
     def head(self):

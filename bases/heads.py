@@ -61,7 +61,7 @@ def find(base):
         caught = []
         with base.activate({"caught": caught}):
             base.model(input_ids=ids.to(base.device), use_cache=False)
-        return Head(linear, scale, cap) if right and plain and torch.equal(caught[0], h) else None
+        return Head(linear, scale, cap) if scale > 0 and right and plain and torch.equal(caught[0], h) else None
     except Exception as error:                                                       # it takes no logits but its own
         if out_of_memory(error):
             raise

@@ -3,17 +3,17 @@ function that does the work and returns (seconds, result). A package that is mis
 
     training      train_ours, train_portallib
     evaluation    evaluate_ours, evaluate_harness (lm-evaluation-harness)
-    decoding      decode_ours, decode_harness; portallib has none
+    exact match   exact_ours, exact_harness; portallib has no decoding
 """
 import dataclasses, logging, pathlib, time
 from functools import partial
 
 import torch
 
-from bases import MAX_LENGTH, encode, load_base
+from bases import MAX_LENGTH, decoding_limit, encode, load_base
 from portal import Config, Converter, Portal
 from presets import preset
-from score import decode, golds, per_character, score
+from score import decode, evaluate, golds, per_character, score
 from tasks.rows import as_read, load_tasks, sample
 from train import one_round, portal_learner
 
@@ -148,31 +148,35 @@ def evaluate_harness(work, base, tasks):
     return min(turns, key=lambda turn: turn()[0])
 
 
-# ---------------------------------------------------------------------------------------------- decoding
-# A result is (texts, how many are exact matches, how many tokens they have). Encoding the prompts is timed.
+# ---------------------------------------------------------------------------------------------- exact match
+# A result is [whether a row is an exact match]. Encoding the prompts is timed.
 def completions(base, tasks):
     """Returns the items of the tasks of completions, and the function that makes a result of their texts."""
     rows = [row for own in tasks.values() for row in own if row.open]
     items, tokenizer = encode(base.tokenizer, rows, list(tasks))[0], base.tokenizer
-    def result(texts):
-        right = [as_read(text) in map(as_read, golds(tokenizer, item)) for item, text in zip(items, texts, strict=True)]
-        return texts, sum(right), sum(map(len, tokenizer(texts, add_special_tokens=False).input_ids))
-    return items, result
+    return items, lambda texts: [as_read(text) in map(as_read, golds(tokenizer, item))
+                                 for item, text in zip(items, texts, strict=True)]
 
 
-def decode_ours(work, base, tasks):
+def exact_ours(work, base, tasks, every=False):
+    """As evaluation does it: it scores the completions, which it reports, too, and decodes what that does not settle.
+    every: decodes all rows and scores none."""
     items, result = completions(base, tasks)
     def step():
         again = encode(base.tokenizer, [item.row for item in items], list(tasks))[0]
-        return result(decode(base, None, again, work.max_tokens))
+        if every:
+            return result(decode(base, None, again, work.max_tokens))
+        cells = evaluate(base, None, again, work.max_tokens)
+        right = {task: iter(cell["correct"]) for task, cell in cells.items()}
+        return [next(right[item.task]) for item in again]
     return work.timed(step)
 
 
-def decode_harness(work, base, tasks):
+def exact_harness(work, base, tasks):
     """Until a new line, with as many tokens at the most as decoding the task's longest completion takes."""
     (items, result), limit = completions(base, tasks), {}
     for item in items:
-        limit[item.task] = max(16, 2 * len(item.continuations[0]), limit.get(item.task, 0))
+        limit[item.task] = max(decoding_limit(item.continuations[0]), limit.get(item.task, 0))
     model = harness(base, TOGETHER[torch.device(work.device).type])
     asked = requests("generate_until", [
         (item.row.prompt, dict(until=["\n"], do_sample=False, max_gen_toks=limit[item.task])) for item in items])

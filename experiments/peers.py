@@ -2,11 +2,11 @@
 
     python -m experiments.peers --data data --base smollm2-135m             rounds and scores; --quick: fewer rows
     python -m experiments.peers --device cuda --data data --base A          the same on a GPU, in bf16
-    python -m experiments.peers --generate --bases A,B --data tasks/everyday    greedy decoding
+    python -m experiments.peers --generate --bases A,B --data everyday    exact match
 
 A training round, 4 rows of every task, is measured beside portallib's, and the log-probability of every choice on the
 bare base beside lm-evaluation-harness's. With --generate,
-the bare base completes rows of every task of completions, beside lm-evaluation-harness. A ratio is peer / ours of one
+exact match on tasks of completions is measured beside lm-evaluation-harness. A ratio is peer / ours of one
 turn; the tables have the median and, in brackets, the range. Where a peer (requirements-bench.txt), the tasks or the
 base are missing, the table says "not measured" and why.
 """
@@ -18,14 +18,14 @@ from tqdm import trange
 
 from bases import usual_dtype
 from experiments.tables import markdown
-from experiments.contestants import (ROWS, Work, decode_harness, decode_ours, evaluate_harness, evaluate_ours,
-                                     train_ours, train_portallib)
+from experiments.contestants import (ROWS, Work, evaluate_harness, evaluate_ours, exact_harness, exact_ours, train_ours,
+                                     train_portallib)
 from presets import REAL, TOY
 from reports.results import commit, hardware
 from runtime.files import ROOT, BadInput, first_line, today, write_whole
 from runtime.flags import parse, run_main
 
-TURNS = 5
+TURNS, HARNESS = 5, "lm-evaluation-harness"
 RATIO = "peer / ours [min..max]"
 
 
@@ -97,22 +97,22 @@ def plan(args):
     least = 1.5 if args.device == "cpu" else 4.0
     yield line("training round", real, train_ours, {"portallib": (train_portallib, least)}, portal)
     yield line("evaluation", dataclasses.replace(real, split="eval", rows=2 if args.quick else 50), evaluate_ours,
-               {"lm-evaluation-harness": (evaluate_harness, 2.0)})
+               {HARNESS: (evaluate_harness, 2.0)})
 
 
-def decoding(args):
-    """Yields a line for every base: (label, function that measures it)."""
-    def line(spec):
-        work = Work(spec, args.data, args.device, args.dtype, args.max_tokens, "eval", args.eval_rows)
-        peer = "lm-evaluation-harness"
-        ours, theirs = take_turns(spec, {"ours": decode_ours(work, *work.load()),
-                                         peer: decode_harness(work, *work.load())}).values()
-        (texts, right, tokens), (their_texts, their_right, their_tokens) = ours[-1][1], theirs[-1][1]
-        return [{"work": pathlib.Path(spec).name, **beside(ours, peer, theirs), "rows": len(texts),
-                 "tokens": tokens, "peer's tokens": their_tokens, "exact match": right / len(texts),
-                 "peer's exact match": their_right / len(texts), "same text": sum(map(str.__eq__, texts, their_texts))}]
+def completing(args):
+    """Yields the lines for every base: (label, function that measures them)."""
+    def lines(spec):
+        work, peer = Work(spec, args.data, args.device, args.dtype, args.max_tokens, "eval", args.eval_rows), HARNESS
+        own = {"exact match": exact_ours, "decoding every row": partial(exact_ours, every=True)}
+        turns = {what: contestant(work, *work.load()) for what, contestant in own.items()}
+        taken = take_turns(spec, {**turns, peer: exact_harness(work, *work.load())})
+        right = {what: own[-1][1] for what, own in taken.items()}
+        return [{"work": f"{what}, {pathlib.Path(spec).name}", **beside(taken[what], peer, taken[peer]),
+                 "rows": len(right[what]), "right": sum(right[what]), "peer's right": sum(right[peer]),
+                 "same verdict": sum(a == b for a, b in zip(right[what], right[peer]))} for what in own]
     for spec in args.bases:
-        yield spec, partial(line, spec)
+        yield spec, partial(lines, spec)
 
 
 # ---------------------------------------------------------------------------------------------- the page
@@ -125,7 +125,7 @@ def about(module):
 def main(argv=None):
     args = parse(__doc__, "quick generate data base bases eval-rows device dtype max-tokens out", argv,
                  quick=dict(action="store_true", help="fewer rows on the real base"),
-                 generate=dict(action="store_true", help="measure decoding instead"),
+                 generate=dict(action="store_true", help="measure exact match instead"),
                  data=dict(default=ROOT / "data"), eval_rows=dict(default=32, help="--generate: rows a task"),
                  base=dict(default="smollm2-135m", metavar="A", help="the real base"),
                  bases=dict(default=["smollm2-135m"], help="--generate: the bases"),
@@ -136,12 +136,13 @@ def main(argv=None):
     path = args.out / f"{kind}-{torch.device(args.device).type}.md"
     peers = [f"{p} {importlib.metadata.version(p)}" for p in ("transformers", "portallib", "lm_eval")
              if importlib.util.find_spec(p)]
-    head = [f"# {'Decoding' if args.generate else 'Benchmark'} on {args.device}", "", *about("experiments.peers"),
+    head = [f"# {'Exact match' if args.generate else 'Benchmark'} on {args.device}", "", *about("experiments.peers"),
             f"- threads: {threads}", f"- peers: {', '.join(peers)}", "",
             f"Seconds: median of {TURNS} turns, taken in alternation. A ratio is that of two neighbouring turns."]
     if args.generate:
-        head += ["The bare base, greedily, until a new line. Tokens: of the answers. portallib has no decoding."]
-    for label, measured in (decoding if args.generate else plan)(args):
+        head += ["The bare base. lm-evaluation-harness decodes every row, until a new line; ours scores the completions "
+                 "and decodes the rows that this does not settle. portallib has no decoding."]
+    for label, measured in (completing if args.generate else plan)(args):
         print(f"{label} ...", flush=True)
         torch.set_num_threads(threads)
         try:

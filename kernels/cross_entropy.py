@@ -61,10 +61,11 @@ def naive(h, W, bias, source, target, weight, scale=1.0, cap=None):
 
 
 def nll_of(logits, source, target, weight):
-    """Returns (loss, nll [M]) of logits [N, V], differentiable in them: see linear_nll."""
+    """Returns (loss, nll [M], best [M] or None) of logits [N, V], differentiable in them: see linear_nll."""
     log_p = logits.to(wide(logits.dtype)).log_softmax(-1)
     nll = -log_p[source, target]                                                     # [M]
-    return (weight.to(nll) * nll).sum(), nll.detach()
+    loss = (weight.to(nll) * nll).sum()
+    return loss, nll.detach(), None if loss.requires_grad else logits.argmax(-1)[source]
 
 
 def squashed(z, scale, cap):
@@ -178,8 +179,8 @@ class Targets:
 
 # ---------------------------------------------------------------------------------------------- block by block
 class LinearNLL(torch.autograd.Function):
-    """loss and nll, with the gradient of the loss on h formed beside them. W and bias are frozen and get none; nll
-    carries none."""
+    """loss and nll, with the gradient of the loss on h formed beside them, or else `best`. W and bias are frozen and
+    get none; nll carries none."""
 
     @staticmethod
     def forward(ctx, h, W, bias, source, target, weight, scale, cap, need):
@@ -189,6 +190,7 @@ class LinearNLL(torch.autograd.Function):
         size = -(-N // blocks)                                                       # all blocks about as large
         targets = Targets(source, target, weight, N)
         block, dh, nll = h.new_empty(size, V), torch.empty_like(h) if need else None, torch.zeros_like(weight)
+        best = None if need else torch.empty(N, dtype=target.dtype, device=h.device)
         with torch.cuda.device_of(h):
             for start in range(0, N, size):
                 x = h[start:start + size]
@@ -196,23 +198,26 @@ class LinearNLL(torch.autograd.Function):
                 torch.mm(x, W.T, out=logits) if bias is None else torch.addmm(bias, x, W.T, out=logits)
                 inside, local = targets.within(start, len(x))
                 own = squashed(logits[local, target].to(weight.dtype), scale, cap)   # [M]
+                if not need:
+                    torch.argmax(logits, 1, out=best[start:start + size])            # scale and cap keep the order
                 top, log_sum = softmax_gradient_(logits, targets, start, scale, cap, need)
                 nll = torch.where(inside, (top[local] - own) + log_sum[local], nll)  # exact where own is the highest
                 if need:
                     torch.mm(logits, W, out=dh[start:start + size])
         ctx.save_for_backward(dh)
         ctx.mark_non_differentiable(nll)
-        return (weight * nll).sum(), nll
+        return (weight * nll).sum(), nll, None if need else best[source]
 
     @staticmethod
-    def backward(ctx, upstream, _):
+    def backward(ctx, upstream, *_):
         dh, = ctx.saved_tensors
         return dh * upstream, *[None] * 8
 
 
 def linear_nll(h, W, bias, source, target, weight, scale=1.0, cap=None):
-    """Returns (loss, nll [M]): nll of target m at position source[m], and their sum times the weights, differentiable
-    in h; h's dtype, float32 at least.
+    """Returns (loss, nll [M], best [M]): nll of target m at position source[m], and their sum times the weights,
+    differentiable in h; h's dtype, float32 at least. best: the most probable token at each target's position; None
+    where the loss has a gradient, since only evaluation asks for it.
 
     h [N, d], W [V, d], bias [V] or None; source [M] in 0..N-1, target [M] in 0..V-1, in any order and more than once,
     weight [M]; on W's device, or moved there. Raises ValueError for shapes that do not fit."""

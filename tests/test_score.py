@@ -1,5 +1,6 @@
 """acc_norm, exact match and log_loss against naive loops; ties; lift."""
-import contextlib, json
+import contextlib, itertools, json, unicodedata
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,16 +10,18 @@ from conftest import lora_hooks, tiny_base, tiny_model
 from helpers import make_portal, of_task, plain_greedy, random_adapters
 
 from tokenizers import normalizers
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import score as scoring
-from bases import encode
+from bases import encode, load_base
 from portal import MODULES, Adapters
-from runtime.files import BadInput
+from runtime.files import ROOT, BadInput
 from runtime.job import Job
 from score import decode, evaluate, lift, score, task_spread
-from tasks.rows import NewWording, Row, read_line
+from tasks.rows import NewWording, Row, load_tasks, read_line
 from train import fit, portal_learner
 
+EOS = "EOS"
 ROWS = [Row("one", "w1 w2 w3", [" w4", " w5 w6", " w49"], 1), Row("two", "w9 w8", [" w7 w1 w2", " w7 w3"], 0),
         Row("one", "w4", [" w3", " w2"], 0), Row("two", "w30 w31 w32 w33 w34 w35 w36", [" w1", " w22", " w3", " w44 w5"], 2)] * 2
 
@@ -96,6 +99,7 @@ def test_exact_match_is_compared_as_people_read_it(monkeypatch):
     says = ["w5 w6", "w6", " caf\u00e9 ", "w7", "<unk>", "w8"]
     items, _ = encode(base.tokenizer, [Row("t", "w1", [gold]) for gold in golds], ["t"])
     monkeypatch.setattr(base, "generate", lambda *args: says)
+    monkeypatch.setattr(scoring, "settled", lambda *args: None)
     assert evaluate(base, None, items, 1000)[0]["correct"] == [True, False, True, True, False, True]
     joined = items[0]._replace(prompt=items[0].prompt[:0] + [4], continuations=[[6, 7, base.tokenizer.eos_token_id]])
     assert scoring.golds(base.tokenizer, joined) == [" W5  w6", "w2 w3"]             # what its tokens say counts, too
@@ -115,6 +119,56 @@ def test_a_decoded_text_has_as_many_lines_as_its_gold_completion_and_a_limit():
     calls.clear()
     assert decode(base, None, items[:3], 100, end=(9, 3)) == [says[k] for k in (5, 6, 7)]
     assert calls == [(k, 9, 3) for k in (5, 6, 7)]
+
+
+@pytest.mark.parametrize("gold, best, right", [
+    (" caf", [" c", "af", EOS], True), (" caf", [" c", "af", "\n"], True), (" caf", [" c", "af", " b"], False),
+    (" caf", [" c", "a"], None), (" caf", [" ", "af"], None), (" caf", [" c", "\n"], False), (" caf", [EOS, "af", EOS], False),
+    (" caf", [" b", "af", EOS], False), (" caf", [" c", "af", " "], None), (" caf", ["\n"], False),
+    (" 1\n 2", [" ", "1", "\n", " ", "2", EOS], True), (" 1\n 2", [" ", "1", "\n", " ", "2", "\n"], True),
+    (" 1\n 2", [" ", "1", EOS], False), (" 1\n 2", [" ", "1", "\n", " ", "1"], False),
+    (" \u00e9", [" ", b"\xc3", b"\xa8"], None), (" \u00e9", [" ", b"\xc4"], None), (" \u00e9", [" ", b"\xc3", b"\xa9", EOS], True)])
+def test_the_best_tokens_settle_whether_decoding_gives_the_completion(gold, best, right):
+    """The tokens that follow each other may differ from the completion's once; what comes behind that does not count."""
+    base = load_base("toy-qwen-s")
+    vocabulary = {token: k for k, token in enumerate(base.tokenizer.convert_ids_to_tokens(range(len(base.tokenizer))))}
+    def id_of(token):
+        letter = bytes_to_unicode()
+        return base.tokenizer.eos_token_id if token is EOS else vocabulary["".join(letter[b] for b in (token if isinstance(token, bytes) else token.encode()))]
+    (item,), _ = encode(base.tokenizer, [Row("t", "a:", [gold])], ["t"])
+    best = [id_of(token) for token in best]
+    assert scoring.settled(base.tokenizer, item, (best + [0] * 9)[:len(item.continuations[0])]) is right
+
+
+def test_the_start_of_a_text_has_the_letters_that_the_text_starts_with():
+    """However it is spelled: marks in any order, characters whole, taken apart or with another one's first bytes at the end."""
+    for text in ("Vi\u1ec7t", "\uac01 e", "a\u0323\u0302\u0301b \n c"):
+        ways = {unicodedata.normalize(form, text) for form in ("NFC", "NFD")} | ({"Vi\u00ea\u0323t", "Vie\u0302\u0323t"} if text[0] == "V" else set())
+        for way, other in itertools.product(ways, ways):
+            for k in range(len(way) + 1):
+                assert scoring.letters(other).startswith(scoring.letters(way[:k] + "\ufffd")), (way, other, k)
+    assert not scoring.letters("\u00e9a").startswith(scoring.letters("\u00e8a"))
+
+
+@pytest.mark.parametrize("name", ["toy-qwen-s", "toy-gemma", "toy-hybrid"])
+def test_exact_match_is_the_same_as_from_decoding_every_row(name):
+    """Completions are what the base says, whole, cut, gone on with, changed by a letter, and spelled with other white space."""
+    base, adapters = load_base(name), None
+    prompts = [row.prompt for own in load_tasks(ROOT / "toy" / "data", None).values() for row in own["eval"][:6]]
+    asked, _ = encode(base.tokenizer, [Row("t", prompt, [" a"]) for prompt in prompts], ["t"])
+    def says():
+        return decode(base, adapters, asked, 4096, (12, 1))
+    often = Counter(token for ids in base.tokenizer(says(), add_special_tokens=False).input_ids for token in set(ids[2:]))
+    base.tokenizer.eos_token = base.tokenizer.convert_ids_to_tokens(often.most_common(1)[0][0])  # many texts end there
+    ways = [lambda t: t, lambda t: t[:-1], lambda t: t + " b", lambda t: t[:1] + "b" + t[2:], lambda t: t.replace(" ", "  "), lambda t: " ".join(t)]
+    rows = [Row("t", prompt, [f" {ways[k % 6](text.strip()) or 'b'}"]) for k, (prompt, text) in enumerate(zip(prompts, says()))]
+    items, _ = encode(base.tokenizer, [row for row in rows if base.tokenizer.eos_token not in row.choices[0]], ["t"])
+    said = decode(base, adapters, items, 4096)
+    want = [scoring.as_read(text) in map(scoring.as_read, scoring.golds(base.tokenizer, item)) for item, text in zip(items, said)]
+    assert evaluate(base, adapters, items, 4096)[0]["correct"] == want
+    told = [scoring.settled(base.tokenizer, item, best) for item, (_, best) in zip(items, scoring.score_and_best(base, adapters, items, 4096))]
+    assert all(own in (None, right) for own, right in zip(told, want)) and told.count(None) < len(told) / 2
+    assert True in want and False in told
 
 
 def test_a_task_is_decoded_in_the_same_batches_whatever_else_is_evaluated():

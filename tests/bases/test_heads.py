@@ -23,7 +23,8 @@ def compare(base):
     weight = torch.rand(batch.target.shape)
     for way in (base.nll, lambda b, a, w: nll_of(base.logits(b, a), b.source, b.target, w)):
         leaf = random_adapters(base, modules=base.kinds, dtype=torch.float64).map(lambda a: a.requires_grad_())
-        loss, nll = way(batch, leaf, weight)
+        loss, nll, none = way(batch, leaf, weight)
+        assert none is None
         found.append([loss.detach(), nll, *torch.autograd.grad(loss, leaf.tensors())])
     for got, want in zip(*found, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)

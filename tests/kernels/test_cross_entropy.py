@@ -27,7 +27,7 @@ def case(N=7, V=301, d=9, M=12, dtype=torch.float64, device="cpu", bias=True):
 
 def run(f, inputs, **head):                                                          # loss, nll, dh of 1.5 loss
     h = inputs[0].detach().clone().requires_grad_()
-    loss, nll = f(h, *inputs[1:], **head)
+    loss, nll, *_ = f(h, *inputs[1:], **head)
     return [loss.detach(), nll, *torch.autograd.grad(1.5 * loss, h)]
 
 
@@ -122,20 +122,31 @@ def test_a_sure_model_has_an_exact_loss(triton_too, request):
     for f in (ce.linear_nll, ce.naive):
         loss, nll, dh = run(f, (torch.ones(1, 1), W[:3], None, *torch.tensor([[0, 0], [0, 1]]), torch.tensor([1.0, 0.0])))
         assert nll.tolist() == pytest.approx([4.54e-5, 10], rel=1e-2) and torch.isfinite(dh).all()
-    loss, nll = ce.linear_nll(torch.ones(1, 1), W, None, *torch.tensor([[0], [0]]), torch.ones(1))
+    loss, nll, _ = ce.linear_nll(torch.ones(1, 1), W, None, *torch.tensor([[0], [0]]), torch.ones(1))
     assert nll == pytest.approx(4.54e-5, rel=1e-2)
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("rows", [1, 3, 100])
+def test_the_best_token_is_that_of_all_logits(monkeypatch, rows, head):
+    inputs = h, W, bias, source, *_ = case(7, 301, 9, 20)
+    small_blocks(monkeypatch, rows, 2, V=301)
+    for bias in (bias, None):
+        want = [int((head.get("scale", 1.0) * (W @ h[n] + (0 if bias is None else bias))).argmax()) for n in source.tolist()]
+        for f in (ce.linear_nll, ce.naive):
+            assert f(h, W, bias, *inputs[3:], **head)[2].tolist() == want
 
 
 def test_no_work_for_a_gradient_nobody_needs(monkeypatch):
     inputs, needs = case(), []
     monkeypatch.setattr(ce, "softmax_gradient_", lambda *a, f=ce.softmax_gradient_: needs.append(a[-1]) or f(*a))
-    loss, nll = ce.linear_nll(*inputs)
+    loss, nll, best = ce.linear_nll(*inputs)
     h = inputs[0].requires_grad_()
     with torch.no_grad():
         ce.linear_nll(h, *inputs[1:])
     assert needs == [False, False] and not loss.requires_grad
-    loss, again = ce.linear_nll(h, *inputs[1:])
-    assert needs[2] and loss.requires_grad and not again.requires_grad and torch.equal(nll, again)
+    loss, again, none = ce.linear_nll(h, *inputs[1:])
+    assert needs[2] and loss.requires_grad and not again.requires_grad and torch.equal(nll, again) and none is None
 
 
 def test_inputs_keep_their_values_may_have_strides_and_must_fit():
