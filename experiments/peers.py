@@ -140,7 +140,7 @@ def main(argv=None):
             f"- threads: {threads}", f"- peers: {', '.join(peers)}", "",
             f"Seconds: median of {TURNS} turns, taken in alternation. A ratio is that of two neighbouring turns."]
     if args.generate:
-        head += ["The bare base. lm-evaluation-harness decodes every row, until a new line; ours scores the completions "
+        head += ["The bare base. lm-evaluation-harness decodes each row until a new line; ours scores the completions "
                  "and decodes the rows that this does not settle. portallib has no decoding."]
     for label, measured in (completing if args.generate else plan)(args):
         print(f"{label} ...", flush=True)
