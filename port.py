@@ -23,7 +23,7 @@ from runtime.job import DryRun, Job
 from runtime.resume import Journal, command_of, digests_of, forget, state_file
 from runtime.run_folder import find_run, lock
 from runtime.saved import load_config, load_portal, provenances, save_port
-from starts.align import align, texts_of
+from starts.align import align, keep_size, texts_of
 from starts.teacher import answers, of_peft, of_run, taught
 from starts.whiten import unwhiten, whiten
 from tasks.rows import load_run_tasks, print_fewer, sample
@@ -53,6 +53,7 @@ def port(job, portal, base, rows, settings, source=None, step=one_round):
     portal.converters = {base.name: converter}
     if source:
         align(converter, base, sources[near], source(near), texts_of(rows))
+        keep_size(portal.core, portal.z, converter)
 
     core, back, eps = portal.core, {}, float(settings["whiten"])
     start = [*(p.detach().clone() for p in converter.parameters()), torch.tensor(eps)]

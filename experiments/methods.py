@@ -14,7 +14,7 @@ from baselines import cross_lora
 from baselines.lora import TaskLoRAs
 from bases import Base, same_depths
 from portal import MODULES, Adapters, Config, Converter, Core, Portal
-from starts.align import align, ridge, shared_inputs, texts_of
+from starts.align import align, keep_size, ridge, shared_inputs, texts_of
 from starts.teacher import soft_rows
 from starts.whiten import whiten
 from train import Learner
@@ -42,7 +42,7 @@ class World:
 
     @functools.cached_property
     def P_in(self):
-        """{g: P_in} as port.py --align sets it."""
+        """{g: P_in} as align sets it."""
         converter = self.converter()
         align(converter, self.base, self.like, self.source, self.texts)
         return dict(converter.P_in)
@@ -63,15 +63,21 @@ def bare(world, shots=0):
                 for task, (train, measured) in world.rows.items()}, None
 
 
-def loras(world, rank=16, carry=None, factor=1, ported=None, mean=False):
+def loras(world, rank=16, carry=None, factor=1, ported=None, mean=False, shared=False):
     """LoRAs of all modules, alpha twice the rank. carry: they start as the source's, carried over by a
     method of baselines/cross_lora.py or by "maps" (ridge_maps), times `factor`; ported: they start after half of the
     rounds as what a port with these settings generates, fitted at the rate 0.9; mean: the mean of the other tasks'
-    LoRAs is measured in the place of each."""
+    LoRAs is measured in the place of each; shared: one more LoRA is trained on all tasks and added to each."""
     own, base, source = TaskLoRAs(len(world.rows), world.base, None, rank, 2 * rank), world.base, world.source
+    every = TaskLoRAs(1, base, None, rank, 2 * rank) if shared else None
+    def both(name=None):
+        mine, (A, B, _) = own.adapters(), every.adapters().map(lambda a: a.expand(len(world.rows), *a.shape[1:]))
+        return Adapters({g: torch.cat([a, A[g]], 2) for g, a in mine.A.items()},
+                        {g: torch.cat([b, B[g]], 3) for g, b in mine.B.items()}, mine.scale)
+    adapters = both if shared else own.adapters
     def learners(lr, rounds):
-        return own.adapters, [Learner([{"params": own.of(t), "lr": lr}], [task], rounds, 1)
-                              for t, task in enumerate(world.rows)]
+        found = [(own.of(t), [task]) for t, task in enumerate(world.rows)] + ([(every.of(0), [])] if shared else [])
+        return adapters, [Learner([{"params": params, "lr": lr}], tasks, rounds, 1) for params, tasks in found]
     def moved(A, B, m, s, l):
         if carry == "maps":
             return A @ world.maps[m, l][0], world.maps[m, l][1] @ B
@@ -85,7 +91,7 @@ def loras(world, rank=16, carry=None, factor=1, ported=None, mean=False):
             take_over(own, generated(base.name))
             return learners(lr, rounds - rounds // 2)
         stages = [lambda lr, rounds: port(0.9, rounds // 2), after_port]
-    return stages, world.rows, (lambda name: others_mean(own.adapters())) if mean else own.adapters
+    return stages, world.rows, (lambda name: others_mean(own.adapters())) if mean else adapters
 
 
 @torch.no_grad()
@@ -157,6 +163,8 @@ def ports(world, aligned=False, eps=None, untrained=False, swapped=False, unfree
         return portal.adapters, [Learner(portal.rates(lr), list(rows), rounds, 1, None if freeze else portal.z)]
     for g in converter.P_in if aligned else ():
         converter.P_in[g].data.copy_(world.P_in[g])
+    if aligned:
+        keep_size(portal.core, portal.z, converter)
     if eps:
         portal.core, _ = whiten(portal.core, portal.z, converter, eps)
     portal.converters = {world.base.name: converter}
@@ -211,6 +219,7 @@ METHODS = {
     "source of all modules": Method(sources, core=dict(modules=MODULES)),
     "lora": lora(LONG),
     "lora of batch 2": lora(SMALL, 2),
+    "lora and one for all tasks": lora((224,), 2, shared=True),
     "mean of the other loras": lora((224,), 2, mean=True),
     "lora from cross_lora": carried(carry="cross_lora"),
     "lora from copy": carried(carry="copy"),
@@ -228,6 +237,8 @@ METHODS = {
     "portal aligned to a teacher and 8 labels": port(aligned=True, labels=8),
     "portal aligned of rank 16": port(aligned=True, core=dict(rank=16, alpha=32)),
     "portal aligned of all modules": port(aligned=True, core=dict(modules=MODULES)),
+    "portal aligned of all modules core untrained": port(aligned=True, untrained=True, core=dict(modules=MODULES)),
+    "portal aligned of all modules latents swapped": port(aligned=True, swapped=True, core=dict(modules=MODULES)),
     "portal of batch 8 aligned": port(LONG, 8, aligned=True),
     "portal of d_c 256": wide(),
     "portal of d_c 256 aligned": wide(rounds=LONG, aligned=True),

@@ -1,11 +1,12 @@
-"""Alignment: P_in of a port starts by ridge regression on a base that the core was trained on. Not in the write-up."""
+"""Alignment: P_in of a port starts by ridge regression on a base that the core was trained on, at the size of a random
+one. Not in the write-up."""
 import torch
 from tqdm import tqdm
 
 from bases import MAX_LENGTH, same_depths
 from runtime.distributed import NO_BAR
 
-ALIGN = 1000  # texts for `align`, in equal parts of all tasks
+ALIGN = 256  # texts for `align`, in equal parts of all tasks
 
 
 def texts_of(rows):
@@ -38,6 +39,11 @@ def shared_inputs(base, source, text, modules):
     return {key: own[at] for key, own in x.items()}, {key: own[source_at] for key, own in source_x.items()}
 
 
+def wide(x):
+    """Returns half precision as float32, in which sums over a text's tokens are exact enough; others as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def ridge(XX, XY, by=1e-2):
     """Returns W of min |X W - Y|^2 + lambda |W|^2 from X^T X and X^T Y; lambda is `by` of X^T X's mean diagonal."""
     eye = torch.eye(len(XX), dtype=XX.dtype, device=XX.device)
@@ -49,14 +55,13 @@ def align(converter, base, like, source, texts):
     """Sets P_in by ridge regression towards the inputs of the core on `source`, a base it was trained on; `like` is the
     source's converter. Not in the write-up. It uses prompts but no answers.
 
-    min over P_in of  sum |P_in x - P_in' x'|^2 + lambda |P_in|^2,  in float64, for each group of sites: x is what a
-    layer of `base` reads at a token of a text, x' what the source's layer of the same relative depth reads at the
-    token that ends at the same character. Tokenizers cut texts differently, but most words end at a token's end in
-    both.
+    min over P_in of  sum |P_in x - P_in' x'|^2 + lambda |P_in|^2,  summed in float64, for each group of sites: x is
+    what a layer of `base` reads at a token of a text, x' what the source's layer of the same relative depth reads at
+    the token that ends at the same character. Tokenizers cut texts differently, but most words end at a token's end
+    in both.
     """
     modules = {group.kind for group in converter.groups.values()}
     XX, XY = dict.fromkeys(converter.P_in, 0), dict.fromkeys(converter.P_in, 0)
-    source_P = {g: P.double() for g, P in like.P_in.items()}                         # [d_c, d_in of the source]
     what = f"aligning {base.name} with {source.name}"
     for text in tqdm(texts, desc=what, unit="text", delay=2, leave=False, disable=NO_BAR):
         x, source_x = shared_inputs(base, source, text, modules)
@@ -64,11 +69,25 @@ def align(converter, base, like, source, texts):
         for m in modules:
             for (layer, g, _), (source_layer, source_g, _) in same_depths(base, source, m):
                 if (m, layer) in x and (m, source_layer) in source_x:
-                    Y = source_x[m, source_layer].double() @ source_P[source_g].T
-                    read.setdefault(g, []).append((x[m, layer].double(), Y))
+                    X, source_X = wide(x[m, layer]), wide(source_x[m, source_layer])
+                    read.setdefault(g, []).append((X, (source_X @ like.P_in[source_g].to(source_X).T).to(X)))
         for g, pairs in read.items():            # all layers of a group at once: adding to such wide sums takes longest
             X, Y = map(torch.cat, zip(*pairs))
-            XX[g], XY[g] = XX[g] + X.T @ X, XY[g] + X.T @ Y
+            XX[g], XY[g] = XX[g] + (X.T @ X).double(), XY[g] + (X.T @ Y).double()
     for g, P_in in converter.P_in.items():
         if torch.is_tensor(XX[g]):                                                   # else text does not reach them
             P_in.copy_(ridge(XX[g], XY[g]).T)                                        # [d_c, d_in]
+
+
+@torch.no_grad()
+def keep_size(core, z, converter):
+    """Scales each P_in so that the rows of A are as long as those of A_hat, in the mean over tasks and layers.
+
+    A random P_in keeps that length, and so B, which starts at zero, learns at a rate that suits all groups. Regression
+    gives A the size that its inputs ask for: from SmolLM2-135M to Gemma-3-270M, `down` had rows 80 times as long as
+    `q`, and 60 times the share of W in what it learned."""
+    (A_hat, _), (A, _) = core(z, converter.e), converter(core, z)
+    for g, group in converter.groups.items():
+        length = A[g].norm(dim=-1).mean()
+        if length > 0:                                                               # else it reads zeros
+            converter.P_in[g].mul_(A_hat[group.kind].norm(dim=-1).mean() / length)

@@ -75,6 +75,33 @@ def test_a_base_aligned_with_itself_reads_as_it_does():
     assert (x @ made.P_in["q"].T - want).norm() < 0.1 * want.norm()
 
 
+def test_an_aligned_port_reads_at_the_size_of_a_random_one(monkeypatch, tmp_path):
+    """Whatever size regression gives a group's P_in, rows of A are as long as those of A_hat: a group learns at B's rate
+    times that. A group that regression makes zero stays zero."""
+    base, source = tiny_base("gemma3", 1, name="target"), tiny_base(name="source")
+    portal, started = make_portal(source, modules=("q", "v", "down")), []
+    def aligned(converter, *args, f=port.align):
+        f(converter, *args)
+        converter.P_in["q"].data.mul_(100), converter.P_in["down"].data.mul_(0.01), converter.P_in["v"].data.zero_()
+        started.append({g: P.clone() for g, P in converter.P_in.items()})
+    monkeypatch.setattr(port, "align", aligned)
+    made = []
+    def stop(job, bases, generate, learners, rows, step):
+        (A, _, _), (A_hat, _) = generate("target"), portal.core(portal.z, portal.converters["target"].e)
+        for g, d_c in (("q", A_hat["q"]), ("down", A_hat["down"])):
+            lengths = [sum(float(np.linalg.norm(row)) for row in a.detach().numpy().reshape(-1, a.shape[-1])) for a in (A[g], d_c)]
+            assert lengths[0] == pytest.approx(lengths[1], rel=1e-4)
+        assert not A["v"].any() and torch.isfinite(A["v"]).all()
+        P, old = portal.converters["target"].P_in["q"], started[0]["q"]
+        torch.testing.assert_close(P / P.norm(), old / old.norm())                   # scaled, and nothing else
+        made.append(True)
+    monkeypatch.setattr(port, "fit", stop)
+    rows = small_rows()
+    port.port(Job("port", dict(epochs=1, batch_size=2, max_tokens=99), 0, tmp_path / "log.jsonl"), portal, base, rows,
+              dict(whiten=0, batch_size=2, least=1, lr=0.1, epochs=1), lambda name: source)
+    assert made
+
+
 # ---------------------------------------------------------------------------------------------- whitened features
 def trained_portal(base):
     """A Portal on tiny bases whose B-heads and FiLM are no longer zero, and a converter of `base` at a port's start."""

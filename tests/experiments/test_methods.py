@@ -13,7 +13,7 @@ from experiments import methods
 from experiments.methods import World, loras, ports
 from port import align
 from score import score
-from starts.align import layer_inputs, shared_inputs
+from starts.align import keep_size, layer_inputs, shared_inputs
 from tasks.rows import SoftRow
 
 MODULES = ["q", "v"]
@@ -80,6 +80,7 @@ def test_ports_leave_the_world_as_it_is_and_start_as_named(here):
     assert all(isinstance(row, SoftRow) for row in ports(here, labels=0)[1]["two"][0])
     converter = here.converter()
     align(converter, here.base, here.like, here.source, here.texts)
+    keep_size(here.portal.core, here.portal.z, converter)
     assert torch.equal(of(aligned=True)[0].converters["target"].P_in["q"], converter.P_in["q"])
     assert torch.equal(plain.converters["target"].e, converter.e)
     unfrozen, _, (first, second) = of(unfreeze=True)
