@@ -11,10 +11,10 @@ higher (acc_norm, -log_loss) is chosen. A fit that sees more than SEARCHED rows 
 SEARCHED. Then the chosen settings, with each seed, on rows drawn as port.py draws them, measured on the evaluation
 rows. A fit is one pass of a learning-rate schedule; nothing is selected in it. Both are kept in <out>/study.jsonl, a
 line a fit, base and task, and not done again; study.md and study.png are drawn from it. With --bases a fit has --rounds
-rounds of 4 rows a task, the search four rates and the knob's first value; a core is trained at the preset on --source-n
-rows a task; a port is aligned with the last of --bases.
+rounds of 4 rows a task, the search three rates and the knob's first value; a core is trained at the preset on
+--source-n rows a task; a port is aligned with the last of --bases.
 """
-import functools, itertools, random, tempfile
+import functools, hashlib, itertools, json, random, tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,15 +30,17 @@ from reports.results import commit, hardware, pack
 from runtime.files import ROOT, BadInput, append_jsonl, read_jsonl
 from runtime.flags import commas, parse, positive, run_main, seed as seed_of, some_of
 from runtime.job import Job
+from runtime.run_folder import OUT
+from runtime.saved import load_tensors, save_tensors
 from score import evaluate
 from tasks.rows import load_tasks, sample
 from train import fit
 
 SEARCHED = 896
 RATES = {  # on the toy's bases (half of them for rounds of 2 rows), on others
-    loras: ((3e-3, 1e-2, 2e-2), (1e-4, 3e-4, 1e-3, 3e-3)),
-    ports: ((0.75, 1.5, 3.0), (0.1, 0.3, 0.9, 2.7)),
-    sources: ((0.1, 0.3, 1.0), (0.005, 0.015, 0.045, 0.135)),
+    loras: ((3e-3, 1e-2, 2e-2), (1e-4, 3e-4, 1e-3)),
+    ports: ((0.75, 1.5, 3.0), (0.1, 0.3, 0.9)),
+    sources: ((0.1, 0.3, 1.0), (0.01, 0.03, 0.09)),
 }
 loaded = functools.cache(load_base)
 
@@ -109,15 +111,36 @@ def rows_of(stand, n, seed, search):
 @functools.cache
 def before(stand, start, seed, search, core=()):
     """Returns what a start makes of the sources, fitted at the preset: a Portal trained on all, core being what its
-    Config has of its own, or the LoRAs of the last one."""
+    Config has of its own, or the LoRAs of the last one. A Portal is kept in out/sources, for a study that goes on."""
     bases = [loaded(base, stand.device, stand.dtype) for base in stand.sources]
     bases, settings = (bases[-1:], stand.preset["lora"]) if start is loras else (bases, stand.preset)
     world = World(bases, rows_of(stand, stand.source_n, seed, search))
     torch.manual_seed(seed)
     stages, _, result = loras(world) if start is loras else sources(world, **{**settings["sizes"], **dict(core)})
     rounds = most_rounds(world.rows, settings["batch_size"]) * settings["epochs"]
-    run(bases, stages[0](settings["lr"], rounds), world.rows, seed, settings)
-    return result() if start is loras else result.__self__
+    portal = None if start is loras else result.__self__
+    key = json.dumps([commit(), str(stand), settings, seed, search, core], default=str)
+    kept = OUT / "sources" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+    if portal and kept.exists():
+        copy_into(portal, load_tensors(kept))
+    else:
+        run(bases, stages[0](settings["lr"], rounds), world.rows, seed, settings)
+        if portal and stand.lengths:                                                 # the toy's takes seconds
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            save_tensors(kept, tensors_of(portal))
+    return portal or result()
+
+
+def tensors_of(portal):
+    """Returns {name: parameter} of a Portal: latents, core and converters."""
+    return {"z": portal.z, **dict(portal.core.named_parameters("core")),
+            **{name: p for base, own in portal.converters.items() for name, p in own.named_parameters(f"of {base}")}}
+
+
+@torch.no_grad()
+def copy_into(portal, tensors):
+    for name, p in tensors_of(portal).items():
+        p.copy_(tensors[name])
 
 
 @functools.cache

@@ -29,7 +29,7 @@ Settings searched for each method, n and number of rounds on rows held out of tr
 evaluation rows with every seed. Knob: a LoRA's rank, or half of the delta that it starts from; a port's features
 whitened or not. Means over the tasks, ± sd over seeds; [low, high]: 95% interval over evaluation rows, paired
 bootstrap. The LoRA's lift: (acc - bare) / (best LoRA - bare), - where that gain is smaller than the half-width of its
-interval. FLOPs: the count of `study.flops`, and what aligns a port, a forward pass of at most 256 prompts on two
+interval. FLOPs: the count of `study.flops`, and what aligns a port, a forward pass of the prompts it reads on two
 bases; without a teacher's answers and the gradient of an unfrozen core. Seconds: of the rounds alone, beside other
 work. *: within .005 of the best acc_norm of a LoRA on as many rows.
 """.split("\n")

@@ -53,11 +53,22 @@ def test_ports_and_loras_on_bases_of_ones_own(world, monkeypatch, capsys):
     assert found.keys() == {("bare base", "base-c", 0), *itertools.product(("portal", "lora"), ["base-c"], (2, 3))}
     for (method, start), rounds in itertools.product((("portal", ports), ("lora", loras)), (2, 3)):
         own, rates = found[method, "base-c", rounds], study.RATES[start][1]
-        assert {x["lr"] for x in own if x["search"]} == set(rates) and len(own) == 2 * (4 + 1)
+        assert {x["lr"] for x in own if x["search"]} == set(rates) and len(own) == 2 * (3 + 1)
         assert {x["rows"] for x in own if x["search"]} == {2} and {x["rows"] for x in own if not x["search"]} == {3}
         means = {lr: macro([(x["acc_norm"], -x["log_loss"]) for x in own if x["search"] and x["lr"] == lr]) for lr in rates}
         assert {x["lr"] for x in own if not x["search"]} == {max(rates, key=means.get)}
     assert "From base-a to base-c; tasks: one, two." in (world / "out" / "study.md").read_text()
+    kept, again = sorted((world / "out" / "sources").iterdir()), read_jsonl(world / "out" / "study.jsonl")
+    assert len(kept) == 2                                                            # the search's source, and the seed's
+    lines = (world / "out" / "study.jsonl").rename(world / "lines")
+    study.before.cache_clear(), study.world.cache_clear()
+    fits, run = [], study.run
+    monkeypatch.setattr(study, "run", lambda bases, *args: fits.append(bases[0].name) or run(bases, *args))
+    assert command(study, *flags, "bare base,portal,lora", "--rounds", "2,3") == 0
+    def measured(lines):
+        return [(x["method"], x["lr"], x["seed"], x["search"], x["acc_norm"], x["log_loss"]) for x in lines]
+    assert measured(read_jsonl(world / "out" / "study.jsonl")) == measured(again) and set(fits) == {"base-c"}  # no source is trained again
+    lines.replace(world / "out" / "study.jsonl")
     assert command(study, *flags, "portal aligned then lora,mean of the other loras", "--rounds", "2") == 0
     more = lines_of(world / "out")
     assert all(more[key] == own for key, own in found.items()) and len(more) == len(found) + 2
@@ -75,7 +86,7 @@ def test_sources_train_together_beside_a_lora_on_each(world, monkeypatch, capsys
     trained, fit = [], study.fit
     monkeypatch.setattr(study, "fit", lambda job, bases, *rest: (trained.append([base.name for base in bases]), fit(job, bases, *rest)))
     assert command(study, *flags) == 0 and command(study, *flags) == 0
-    assert trained == [*[["base-a"]] * 6, *[["base-b"]] * 6, *[["base-a", "base-b"]] * 6]  # four rates, two seeds, once
+    assert trained == [*[["base-a"]] * 5, *[["base-b"]] * 5, *[["base-a", "base-b"]] * 5]  # three rates, two seeds, once
     found = lines_of(world / "out")
     assert found.keys() == {(m, b, 0 if m == "bare base" else 2) for m in ("bare base", "lora", "source") for b in ("base-a", "base-b")}
     assert {x["flops"] for x in found["source", "base-b", 2]} == {None}
