@@ -105,10 +105,10 @@ def task_spread(adapters):
 
 def exact_matches(base, adapters, scored, max_tokens):
     """Returns {id of an item: whether greedy decoding gives its completion} of pairs (item with a completion, best).
-    best: see score_and_best. Only rows that these tokens do not settle are decoded."""
+    best: see score_and_best. Only rows that these tokens do not settle are decoded, as far as they may be right."""
     found = {id(item): settled(base.tokenizer, item, best) for item, best in scored}
     unsettled = [item for item, _ in scored if found[id(item)] is None]
-    for item, text in zip(unsettled, decode(base, adapters, unsettled, max_tokens)):
+    for item, text in zip(unsettled, decode(base, adapters, unsettled, max_tokens, early=True)):
         found[id(item)] = as_read(text) in map(as_read, golds(base.tokenizer, item))
     return found
 
@@ -125,7 +125,13 @@ def settled(tokenizer, item, best):
     text = tokenizer.decode(new[:-1] if new[-1] == eos else new, clean_up_tokenization_spaces=False)
     if new[-1] == eos or text.count("\n") >= lines:
         return as_read("\n".join(text.split("\n")[:lines])) in map(as_read, texts)
-    return None if any(letters(gold).startswith(letters(text)) for gold in texts) else False
+    return None if begins(text, texts) else False
+
+
+def begins(text, texts):
+    """Returns whether a text that goes on may become one of `texts`."""
+    start = letters(text)
+    return any(letters(whole).startswith(start) for whole in texts)
 
 
 def letters(text):
@@ -140,17 +146,20 @@ def lines_of(texts):
     return 1 + max(text.rstrip().count("\n") for text in texts)
 
 
-def decode(base, adapters, items, max_tokens, end=None):
+def decode(base, adapters, items, max_tokens, end=None, early=False):
     """Returns for every item with a completion, in order, the greedily decoded text: as many lines as its gold
     completion has, a bare base does not stop there, and at most the tokens of bases.decoding_limit. end: (tokens,
-    lines) instead, where a completion is not to be read."""
+    lines) instead, where a completion is not to be read; early: a text ends where it can no longer become the
+    completion."""
     ends = {id(item): end or (decoding_limit(item.continuations[0]), lines_of(golds(base.tokenizer, item)))
             for item in items}
     def texts_of(items):
         found, parts = {}, decoding_batches(items, [ends[id(item)][0] for item in items], max_tokens)
         for part in tqdm(parts, desc=f"decoding on {base.name}", unit="batch", delay=2, leave=False, disable=NO_BAR):
             limits, lines = zip(*(ends[id(item)] for item in part))
-            texts = base.generate([item.prompt for item in part], adapters, [item.task for item in part], limits, lines)
+            wanted = [golds(base.tokenizer, item) for item in part] if early else None
+            texts = base.generate([item.prompt for item in part], adapters, [item.task for item in part], limits, lines,
+                                  wanted and (lambda r, text: not begins(text, wanted[r])))
             for item, text, n in zip(part, texts, lines):
                 found[id(item)] = "\n".join(text.split("\n")[:n])
         return [found[id(item)] for item in items]

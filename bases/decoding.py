@@ -60,9 +60,10 @@ def rows_of(value, kept):
     return value
 
 
-def texts(base, prompts, adapters, tasks, limits, lines):
-    """Returns Base.generate's texts; limits, lines: [R], a number for each row. Prompts of unequal length are padded if
-    the base ignores padding, else decoded in groups of one length."""
+def texts(base, prompts, adapters, tasks, limits, lines, stop=None):
+    """Returns Base.generate's texts; limits, lines: [R], a number for each row; stop(r, text so far): whether row r
+    ends there, too. Prompts of unequal length are padded if the base ignores padding, else decoded in groups of one
+    length."""
     tokenizer, found = base.tokenizer, {}
     eos = tokenizer.eos_token_id
     prompts = [text_ids(tokenizer, [p])[0][0] if isinstance(p, str) else p for p in prompts]
@@ -74,7 +75,7 @@ def texts(base, prompts, adapters, tasks, limits, lines):
             return tokenizer.batch_decode(new, clean_up_tokenization_spaces=False)
         def ended(rows, new):
             return [k for k, text in zip(rows, read([new[k] for k in rows]))
-                    if new[k][-1] == eos or text.count("\n") >= lines[own[k]]]
+                    if new[k][-1] == eos or text.count("\n") >= lines[own[k]] or stop and stop(own[k], text)]
         task = None if tasks is None else torch.tensor([tasks[r] for r in own], device=base.device)
         with base.with_adapters(adapters, task):
             new = greedy(base, [prompts[r] for r in own], [limits[r] for r in own], ended, len(own) > 1 and base.drops)

@@ -215,13 +215,14 @@ class Base:
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, context_fn=contexts,
                                               preserve_rng_state=False)              # nothing is random: no dropout
 
-    def generate(self, prompts, adapters=None, tasks=None, max_new_tokens=32, lines=math.inf):
+    def generate(self, prompts, adapters=None, tasks=None, max_new_tokens=32, lines=math.inf, stop=None):
         """The greedy continuations, R texts, of R prompts (texts or lists of token ids), row r with the adapters of
         tasks[r]; one forward pass a token for all rows. A row ends at EOS, after max_new_tokens, or with the new line
-        after `lines` lines, and then leaves the batch. Both are a number, or a list of one for each row."""
+        after `lines` lines, and then leaves the batch. Both are a number, or a list of one for each row. stop: see
+        decoding.texts."""
         each = [value if isinstance(value, (list, tuple)) else [value] * len(prompts)
                 for value in (max_new_tokens, lines)]
-        return decoding.texts(self, prompts, adapters, tasks, *each)
+        return decoding.texts(self, prompts, adapters, tasks, *each, stop)
 
 
 def same_depths(target, source, m):

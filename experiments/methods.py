@@ -155,8 +155,9 @@ def ports(world, aligned=False, eps=None, untrained=False, swapped=False, unfree
     if swapped:
         portal.z.data = portal.z.data.roll(1, 0)
     if labels is not None:
-        rows = {task: (train[:labels] + [world.soft[id(row)] for row in train[labels:]], measured)
-                for task, (train, measured) in rows.items()}
+        taught = {task: [world.soft[id(row)] for row in train[labels:] if id(row) in world.soft]
+                  for task, (train, _) in rows.items()}
+        rows = {task: (train[:labels] + taught[task], measured) for task, (train, measured) in rows.items()}
     def learners(lr, rounds, freeze=True):
         for p in (portal.z, *portal.core.parameters()):
             p.requires_grad_(not freeze)

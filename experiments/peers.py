@@ -118,7 +118,8 @@ def completing(args):
 # ---------------------------------------------------------------------------------------------- the page
 def about(module):
     """Returns lines that say how a page was made: `module` with this process's flags, hardware, commit, date."""
-    command = shlex.join(["python", "-m", module, *(os.path.basename(a) or a for a in sys.argv[1:])])
+    names = [",".join(os.path.basename(part) or part for part in a.split(",")) for a in sys.argv[1:]]
+    command = shlex.join(["python", "-m", module, *names])
     return [f"- command: {command}", f"- hardware: {hardware()}", f"- commit: {commit()}", f"- date: {today()}"]
 
 

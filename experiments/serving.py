@@ -80,6 +80,8 @@ def server(venv, name, arguments):
             if process.poll() is not None:
                 raise BadInput(reason(log))
             time.sleep(1)
+        else:
+            raise BadInput(f"vLLM has not started after {WAIT} s; {reason(log)}")
         yield version, ask
     finally:
         process.terminate()

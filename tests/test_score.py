@@ -108,7 +108,7 @@ def test_exact_match_is_compared_as_people_read_it(monkeypatch):
 def test_a_decoded_text_has_as_many_lines_as_its_gold_completion_and_a_limit():
     """Prompts are single words here; the stand-in for a base says what its table holds."""
     says, calls = {5: " Paris\nQ: and then", 6: "\n Paris", 7: " one\ntwo\nthree", 8: " a"}, []
-    def generate(prompts, adapters, tasks, limits, lines):
+    def generate(prompts, adapters, tasks, limits, lines, stop):
         calls.extend(zip((prompt[0] for prompt in prompts), limits, lines, strict=True))
         return [says[prompt[0]] for prompt in prompts]
     base = SimpleNamespace(generate=generate, tokenizer=tiny_base().tokenizer, name="it")
@@ -169,6 +169,11 @@ def test_exact_match_is_the_same_as_from_decoding_every_row(name):
     told = [scoring.settled(base.tokenizer, item, best) for item, (_, best) in zip(items, scoring.score_and_best(base, adapters, items, 4096))]
     assert all(own in (None, right) for own, right in zip(told, want)) and told.count(None) < len(told) / 2
     assert True in want and False in told
+    early = decode(base, adapters, items, 4096, early=True)                          # as far as a text may be right
+    for item, text, short, right in zip(items, said, early, want):
+        assert text.startswith(short) and (short == text if right else True)
+        assert not any(scoring.letters(gold).startswith(scoring.letters(short)) for gold in scoring.golds(base.tokenizer, item)) or short == text
+    assert name == "toy-qwen-s" or sum(map(len, early)) < sum(map(len, said))        # that one says a single word
 
 
 def test_a_task_is_decoded_in_the_same_batches_whatever_else_is_evaluated():
@@ -184,12 +189,12 @@ def test_a_task_is_decoded_in_the_same_batches_whatever_else_is_evaluated():
     def batches(t, others, max_tokens):
         calls.clear()
         texts = decode(base, adapters, [item for item in items if item.task == t or others], max_tokens)
-        assert all(len(set(tasks)) == 1 for _, _, tasks, _, _ in calls)
+        assert all(len(set(tasks)) == 1 for _, _, tasks, *_ in calls)
         assert all(len(prompts) == 1 or len(prompts) * (max(map(len, prompts)) + max(limits)) <= max_tokens
-                   for prompts, _, _, limits, _ in calls)
+                   for prompts, _, _, limits, *_ in calls)
         assert all(len(prompts[-1]) == min(map(len, prompts)) for prompts, *_ in calls)
         own = [text for item, text in zip(items, texts) if item.task == t] if others else texts
-        return own, [(prompts, limits, lines) for prompts, _, tasks, limits, lines in calls if tasks[0] == t]
+        return own, [(prompts, limits, lines) for prompts, _, tasks, limits, lines, _ in calls if tasks[0] == t]
     for max_tokens in (1, 100, 10_000):
         for t in range(3):
             assert batches(t, True, max_tokens) == batches(t, False, max_tokens)

@@ -78,6 +78,8 @@ def test_ports_leave_the_world_as_it_is_and_start_as_named(here):
     assert taught["two"][1] is held and taught["two"][0][0] is own[0] and len(own) > 1
     assert all(isinstance(row, SoftRow) and row[:3] == was[:3] for row, was in zip(taught["two"][0][1:], own[1:], strict=True))
     assert all(isinstance(row, SoftRow) for row in ports(here, labels=0)[1]["two"][0])
+    here.soft.pop(id(own[0]))                                                        # a row without an answer is left out
+    assert len(ports(here, labels=0)[1]["two"][0]) == len(own) - 1 and ports(here, labels=1)[1]["two"][0][0] is own[0]
     converter = here.converter()
     align(converter, here.base, here.like, here.source, here.texts)
     keep_size(here.portal.core, here.portal.z, converter)
