@@ -211,7 +211,8 @@ def short(folder):
     lines = []
     for path in sorted(folder.glob("*/study.jsonl")):
         for (base, n), own in results(read(path.parent)).groupby(["base", "n"]):
-            accs, ports = over_seeds(own), over_seeds(own[own["method"] == "portal aligned"])
+            aligned = own["method"].isin(["portal aligned", "portal aligned of all modules"])
+            accs, ports = over_seeds(own), over_seeds(own[aligned])
             if len(ports):
                 lines.append({"ported to": f"[{base}](results/{path.parent.name}/study.md)", "tasks":
                               own["task"].nunique(), "rows a task": n, "bare base": accs.get("bare base, 0"),
@@ -223,7 +224,7 @@ def main(argv=None):
     parse(__doc__, "", argv)
     for path in sorted((ROOT / "results").glob("*/study.jsonl")):
         draw(path.parent, read(path.parent))
-    for page in (ROOT / "results" / "README.md", ROOT / "README.md"):
+    for page in (ROOT / "README.md", *(ROOT / "results" / name for name in ("README.md", "everyday-ports.md"))):
         between = re.compile(f"{MARKERS[0]}.*?{MARKERS[1]}", re.S)
         text = between.sub(lambda _: short(ROOT / "results"), filled(page.read_text(), ROOT / "results"))
         write_whole(page, lambda file: file.write_text(text))
