@@ -111,23 +111,26 @@ def rows_of(stand, n, seed, search):
 @functools.cache
 def before(stand, start, seed, search, core=()):
     """Returns what a start makes of the sources, fitted at the preset: a Portal trained on all, core being what its
-    Config has of its own, or the LoRAs of the last one. A Portal is kept in out/sources, for a study that goes on."""
+    Config has of its own, or the LoRAs of the last one. A Portal on a user's bases is kept in out/sources, for a study
+    that goes on or has another target; not one of code that is not committed."""
     bases = [loaded(base, stand.device, stand.dtype) for base in stand.sources]
     bases, settings = (bases[-1:], stand.preset["lora"]) if start is loras else (bases, stand.preset)
     world = World(bases, rows_of(stand, stand.source_n, seed, search))
     torch.manual_seed(seed)
     stages, _, result = loras(world) if start is loras else sources(world, **{**settings["sizes"], **dict(core)})
     rounds = most_rounds(world.rows, settings["batch_size"]) * settings["epochs"]
-    portal = None if start is loras else result.__self__
-    key = json.dumps([commit(), str(stand), settings, seed, search, core], default=str)
+    portal, code = None if start is loras else result.__self__, commit()
+    key = json.dumps([code, [base.provenance for base in bases], [own for own, _ in world.rows.values()], settings,
+                      seed, core, stand.device, str(stand.dtype)], default=str)
     kept = OUT / "sources" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
-    if portal and kept.exists():
+    keep = portal and stand.lengths and "dirty" not in code
+    if keep and kept.exists():
         copy_into(portal, load_tensors(kept))
-    else:
-        run(bases, stages[0](settings["lr"], rounds), world.rows, seed, settings)
-        if portal and stand.lengths:                                                 # the toy's takes seconds
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            save_tensors(kept, tensors_of(portal))
+        return portal
+    run(bases, stages[0](settings["lr"], rounds), world.rows, seed, settings)
+    if keep:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors(kept, tensors_of(portal))
     return portal or result()
 
 

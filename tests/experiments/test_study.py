@@ -47,6 +47,7 @@ def test_ports_and_loras_on_bases_of_ones_own(world, monkeypatch, capsys):
     """The search measures rows held out of train at the rates of other bases; what it chose is measured on evaluation
     rows; a second command goes on in the same folder, and another study is refused there."""
     monkeypatch.setattr(study.Stand, "__new__", lambda cls, *args, new=study.Stand.__new__: new(cls, *args)._replace(held=2))
+    monkeypatch.setattr(study, "commit", lambda: "0123456")
     flags = "--bases ./base-a --to ./base-c --data data --tasks one,two --n 4 --source-n 4 --eval-rows 3 --seeds 0 --out out --methods".split()
     assert command(study, *flags, "bare base,portal,lora", "--rounds", "2,3") == 0
     found = lines_of(world / "out")
