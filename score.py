@@ -50,7 +50,7 @@ def score_and_best(base, adapters, items, max_tokens):
                 found[id(item)] = [next(sums) for _ in own], own[0]
         return [found[id(item)] for item in items]
     rows = iter(map_sharded(found_of, [row for rows in split for row in rows]))
-    found = [[next(rows) for _ in rows_of] for rows_of in split]                     # [(log_p of some, best)] an item
+    found = [[next(rows) for _ in own] for own in split]                             # [(log_p of some, best)] an item
     found = [([value for log_p, _ in own for value in log_p], own[0][1]) for own in found]
     wrong = {item.row.task: None for item, (log_p, _) in zip(items, found) if not all(map(math.isfinite, log_p))}
     if wrong:                                                                        # they would count as wrong answers
@@ -109,7 +109,7 @@ def exact_matches(base, adapters, scored, max_tokens):
     found = {id(item): settled(base.tokenizer, item, best) for item, best in scored}
     unsettled = [item for item, _ in scored if found[id(item)] is None]
     for item, text in zip(unsettled, decode(base, adapters, unsettled, max_tokens, early=True)):
-        found[id(item)] = as_read(text) in map(as_read, golds(base.tokenizer, item))
+        found[id(item)] = reads_as(text, golds(base.tokenizer, item))
     return found
 
 
@@ -124,8 +124,13 @@ def settled(tokenizer, item, best):
     new, lines = best[:k + 1], lines_of(texts)
     text = tokenizer.decode(new[:-1] if new[-1] == eos else new, clean_up_tokenization_spaces=False)
     if new[-1] == eos or text.count("\n") >= lines:
-        return as_read("\n".join(text.split("\n")[:lines])) in map(as_read, texts)
+        return reads_as(first_lines(text, lines), texts)
     return None if begins(text, texts) else False
+
+
+def reads_as(text, texts):
+    """Returns whether a person reads a text as one of `texts`."""
+    return as_read(text) in map(as_read, texts)
 
 
 def begins(text, texts):
@@ -146,22 +151,27 @@ def lines_of(texts):
     return 1 + max(text.rstrip().count("\n") for text in texts)
 
 
+def first_lines(text, n):
+    return "\n".join(text.split("\n")[:n])
+
+
 def decode(base, adapters, items, max_tokens, end=None, early=False):
     """Returns for every item with a completion, in order, the greedily decoded text: as many lines as its gold
     completion has, a bare base does not stop there, and at most the tokens of bases.decoding_limit. end: (tokens,
     lines) instead, where a completion is not to be read; early: a text ends where it can no longer become the
     completion."""
-    ends = {id(item): end or (decoding_limit(item.continuations[0]), lines_of(golds(base.tokenizer, item)))
-            for item in items}
+    wanted = {} if end else {id(item): golds(base.tokenizer, item) for item in items}
+    ends = {id(item): end or (decoding_limit(item.continuations[0]), lines_of(wanted[id(item)])) for item in items}
     def texts_of(items):
         found, parts = {}, decoding_batches(items, [ends[id(item)][0] for item in items], max_tokens)
         for part in tqdm(parts, desc=f"decoding on {base.name}", unit="batch", delay=2, leave=False, disable=NO_BAR):
             limits, lines = zip(*(ends[id(item)] for item in part))
-            wanted = [golds(base.tokenizer, item) for item in part] if early else None
+            def hopeless(r, text):
+                return not begins(text, wanted[id(part[r])])
             texts = base.generate([item.prompt for item in part], adapters, [item.task for item in part], limits, lines,
-                                  wanted and (lambda r, text: not begins(text, wanted[r])))
+                                  hopeless if early else None)
             for item, text, n in zip(part, texts, lines):
-                found[id(item)] = "\n".join(text.split("\n")[:n])
+                found[id(item)] = first_lines(text, n)
         return [found[id(item)] for item in items]
     return map_sharded(texts_of, items)
 

@@ -13,8 +13,8 @@ import torch
 from bases import MAX_LENGTH, decoding_limit, encode, load_base
 from portal import Config, Converter, Portal
 from presets import preset
-from score import decode, evaluate, golds, per_character, score
-from tasks.rows import as_read, load_tasks, sample
+from score import decode, evaluate, golds, per_character, reads_as, score
+from tasks.rows import load_tasks, sample
 from train import one_round, portal_learner
 
 ROWS, ROUNDS = 4, 10_000          # rows of every task in a round; rounds of the learning rate's schedule, never reached
@@ -153,8 +153,8 @@ def evaluate_harness(work, base, tasks):
 def completions(base, tasks):
     """Returns the items of the tasks of completions, and the function that makes a result of their texts."""
     rows = [row for own in tasks.values() for row in own if row.open]
-    items, tokenizer = encode(base.tokenizer, rows, list(tasks))[0], base.tokenizer
-    return items, lambda texts: [as_read(text) in map(as_read, golds(tokenizer, item))
+    items = encode(base.tokenizer, rows, list(tasks))[0]
+    return items, lambda texts: [reads_as(text, golds(base.tokenizer, item))
                                  for item, text in zip(items, texts, strict=True)]
 
 
@@ -166,9 +166,8 @@ def exact_ours(work, base, tasks, every=False):
         again = encode(base.tokenizer, [item.row for item in items], list(tasks))[0]
         if every:
             return result(decode(base, None, again, work.max_tokens))
-        cells = evaluate(base, None, again, work.max_tokens)
-        right = {task: iter(cell["correct"]) for task, cell in cells.items()}
-        return [next(right[item.task]) for item in again]
+        cells = evaluate(base, None, again, work.max_tokens)                         # items, too, are a task's in turn
+        return [right for cell in cells.values() for right in cell["correct"]]
     return work.timed(step)
 
 

@@ -76,7 +76,8 @@ def loras(world, rank=16, carry=None, factor=1, ported=None, mean=False, shared=
                         {g: torch.cat([b, B[g]], 3) for g, b in mine.B.items()}, mine.scale)
     adapters = both if shared else own.adapters
     def learners(lr, rounds):
-        found = [(own.of(t), [task]) for t, task in enumerate(world.rows)] + ([(every.of(0), [])] if shared else [])
+        found = [(own.of(t), [task]) for t, task in enumerate(world.rows)]
+        found += [(every.of(0), [])] if shared else []                               # it learns from the others' rows
         return adapters, [Learner([{"params": params, "lr": lr}], tasks, rounds, 1) for params, tasks in found]
     def moved(A, B, m, s, l):
         if carry == "maps":
@@ -155,16 +156,15 @@ def ports(world, aligned=False, eps=None, untrained=False, swapped=False, unfree
     if swapped:
         portal.z.data = portal.z.data.roll(1, 0)
     if labels is not None:
-        taught = {task: [world.soft[id(row)] for row in train[labels:] if id(row) in world.soft]
-                  for task, (train, _) in rows.items()}
-        rows = {task: (train[:labels] + taught[task], measured) for task, (train, measured) in rows.items()}
+        rows = {task: (train[:labels] + [world.soft[id(row)] for row in train[labels:] if id(row) in world.soft], held)
+                for task, (train, held) in rows.items()}
     def learners(lr, rounds, freeze=True):
         for p in (portal.z, *portal.core.parameters()):
             p.requires_grad_(not freeze)
         return portal.adapters, [Learner(portal.rates(lr), list(rows), rounds, 1, None if freeze else portal.z)]
-    for g in converter.P_in if aligned else ():
-        converter.P_in[g].data.copy_(world.P_in[g])
     if aligned:
+        for g, P_in in world.P_in.items():
+            converter.P_in[g].data.copy_(P_in)
         keep_size(portal.core, portal.z, converter)
     if eps:
         portal.core, _ = whiten(portal.core, portal.z, converter, eps)

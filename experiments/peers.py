@@ -5,10 +5,9 @@
     python -m experiments.peers --generate --bases A,B --data everyday    exact match
 
 A training round, 4 rows of every task, is measured beside portallib's, and the log-probability of every choice on the
-bare base beside lm-evaluation-harness's. With --generate,
-exact match on tasks of completions is measured beside lm-evaluation-harness. A ratio is peer / ours of one
-turn; the tables have the median and, in brackets, the range. Where a peer (requirements-bench.txt), the tasks or the
-base are missing, the table says "not measured" and why.
+bare base beside lm-evaluation-harness's. With --generate, exact match on tasks of completions is measured beside
+lm-evaluation-harness. A ratio is peer / ours of one turn; the tables have the median and, in brackets, the range. Where
+a peer (requirements-bench.txt), the tasks or the base are missing, the table says "not measured" and why.
 """
 import dataclasses, importlib.metadata, importlib.util, os, pathlib, shlex, statistics, sys
 from functools import partial
@@ -103,14 +102,14 @@ def plan(args):
 def completing(args):
     """Yields the lines for every base: (label, function that measures them)."""
     def lines(spec):
-        work, peer = Work(spec, args.data, args.device, args.dtype, args.max_tokens, "eval", args.eval_rows), HARNESS
+        work = Work(spec, args.data, args.device, args.dtype, args.max_tokens, "eval", args.eval_rows)
         own = {"exact match": exact_ours, "decoding every row": partial(exact_ours, every=True)}
         turns = {what: contestant(work, *work.load()) for what, contestant in own.items()}
-        taken = take_turns(spec, {**turns, peer: exact_harness(work, *work.load())})
+        taken = take_turns(spec, {**turns, HARNESS: exact_harness(work, *work.load())})
         right = {what: own[-1][1] for what, own in taken.items()}
-        return [{"work": f"{what}, {pathlib.Path(spec).name}", **beside(taken[what], peer, taken[peer]),
-                 "rows": len(right[what]), "right": sum(right[what]), "peer's right": sum(right[peer]),
-                 "same verdict": sum(a == b for a, b in zip(right[what], right[peer]))} for what in own]
+        return [{"work": f"{what}, {pathlib.Path(spec).name}", **beside(taken[what], HARNESS, taken[HARNESS]),
+                 "rows": len(right[what]), "right": sum(right[what]), "peer's right": sum(right[HARNESS]),
+                 "same verdict": sum(a == b for a, b in zip(right[what], right[HARNESS]))} for what in own]
     for spec in args.bases:
         yield spec, partial(lines, spec)
 

@@ -27,11 +27,11 @@ from experiments.tables import draw, read, tried
 from portal import Portal
 from presets import REAL, preset
 from reports.results import commit, hardware, pack
-from runtime.files import ROOT, BadInput, append_jsonl, read_jsonl
+from runtime.files import ROOT, BadInput, append_jsonl, read_jsonl, write_json
 from runtime.flags import commas, parse, positive, run_main, seed as seed_of, some_of
 from runtime.job import Job
-from runtime.run_folder import OUT
-from runtime.saved import load_tensors, save_tensors
+from runtime.run_folder import OUT, new_folder
+from runtime.saved import load_portal, save_portal
 from score import evaluate
 from tasks.rows import load_tasks, sample
 from train import fit
@@ -122,28 +122,16 @@ def before(stand, start, seed, search, core=()):
     portal, code = None if start is loras else result.__self__, commit()
     key = json.dumps([code, [base.provenance for base in bases], [own for own, _ in world.rows.values()], settings,
                       seed, core, stand.device, str(stand.dtype)], default=str)
-    kept = OUT / "sources" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+    kept = OUT / "sources" / hashlib.sha256(key.encode()).hexdigest()[:16]
     keep = portal and stand.lengths and "dirty" not in code
     if keep and kept.exists():
-        copy_into(portal, load_tensors(kept))
-        return portal
+        return load_portal(kept, list(portal.converters)).to(stand.device)
     run(bases, stages[0](settings["lr"], rounds), world.rows, seed, settings)
-    if keep:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(kept, tensors_of(portal))
+    if keep and not kept.exists():                                                   # another process may have been first
+        with new_folder(kept) as folder:                                             # what load_portal needs of a run
+            save_portal(folder, portal)
+            write_json(folder / "portal.json", dict(config=vars(portal.cfg), bases=[], seed=seed, data=str(stand.data)))
     return portal or result()
-
-
-def tensors_of(portal):
-    """Returns {name: parameter} of a Portal: latents, core and converters."""
-    return {"z": portal.z, **dict(portal.core.named_parameters("core")),
-            **{name: p for base, own in portal.converters.items() for name, p in own.named_parameters(f"of {base}")}}
-
-
-@torch.no_grad()
-def copy_into(portal, tensors):
-    for name, p in tensors_of(portal).items():
-        p.copy_(tensors[name])
 
 
 @functools.cache

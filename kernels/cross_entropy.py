@@ -49,7 +49,7 @@ CACHED = 2 ** 21                                                                
 
 
 def wide(dtype):
-    """Returns the dtype of a softmax: float32 for half precision, float32 and float64 as they are."""
+    """Returns the dtype of long sums, as in a softmax: float32 for half precision, float32 and float64 as they are."""
     return torch.promote_types(dtype, torch.float32)
 
 

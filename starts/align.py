@@ -4,6 +4,7 @@ import torch
 from tqdm import tqdm
 
 from bases import MAX_LENGTH, same_depths
+from kernels.cross_entropy import wide
 from runtime.distributed import NO_BAR
 
 ALIGN = 256  # texts for `align`, in equal parts of all tasks
@@ -39,11 +40,6 @@ def shared_inputs(base, source, text, modules):
     return {key: own[at] for key, own in x.items()}, {key: own[source_at] for key, own in source_x.items()}
 
 
-def wide(x):
-    """Returns half precision as float32, in which sums over a text's tokens are exact enough; others as they are."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def ridge(XX, XY, by=1e-2):
     """Returns W of min |X W - Y|^2 + lambda |W|^2 from X^T X and X^T Y; lambda is `by` of X^T X's mean diagonal."""
     eye = torch.eye(len(XX), dtype=XX.dtype, device=XX.device)
@@ -69,7 +65,7 @@ def align(converter, base, like, source, texts):
         for m in modules:
             for (layer, g, _), (source_layer, source_g, _) in same_depths(base, source, m):
                 if (m, layer) in x and (m, source_layer) in source_x:
-                    X, source_X = wide(x[m, layer]), wide(source_x[m, source_layer])
+                    X, source_X = (a.to(wide(a.dtype)) for a in (x[m, layer], source_x[m, source_layer]))
                     read.setdefault(g, []).append((X, (source_X @ like.P_in[source_g].to(source_X).T).to(X)))
         for g, pairs in read.items():            # all layers of a group at once: adding to such wide sums takes longest
             X, Y = map(torch.cat, zip(*pairs))
