@@ -127,7 +127,7 @@ def before(stand, start, seed, search, core=()):
     if keep and kept.exists():
         return load_portal(kept, list(portal.converters)).to(stand.device)
     run(bases, stages[0](settings["lr"], rounds), world.rows, seed, settings)
-    if keep and not kept.exists():                                                   # another process may have been first
+    if keep and not kept.exists():  # another process may have been first
         with new_folder(kept) as folder:                                             # what load_portal needs of a run
             save_portal(folder, portal)
             write_json(folder / "portal.json", dict(config=vars(portal.cfg), bases=[], seed=seed, data=str(stand.data)))
