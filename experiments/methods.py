@@ -202,8 +202,8 @@ RANKS, FACTORS = {"rank 16": dict(rank=16), "rank 4": dict(rank=4)}, {"": dict(f
 LONG, SMALL, ALIGNED = (28, 56, 80, 112, 224), (112, 224, 336, 448), dict(aligned=True, eps=0.1)
 
 
-def lora(rounds=(112,), batch=8, knobs=RANKS, **settings):
-    return Method(loras, rounds, batch, settings, {}, knobs)
+def lora(rounds=(112,), batch=8, knobs=RANKS, core={}, **settings):
+    return Method(loras, rounds, batch, settings, core, knobs)
 
 
 def port(rounds=(448,), batch=2, core={}, **settings):
@@ -228,6 +228,7 @@ METHODS = {
     "lora carried by cross_lora without training": carried((0,), carry="cross_lora"),
     "lora carried by ridge maps without training": carried((0,), carry="maps"),
     "portal aligned then lora": lora((448,), 2, {"": {}}, ported=ALIGNED),
+    "portal aligned of all modules then lora": lora((448,), 2, {"": {}}, dict(modules=MODULES), ported=ALIGNED),
     "portal": port(),
     "portal aligned": port(SMALL, aligned=True),
     "portal core untrained": port(untrained=True),
