@@ -18,7 +18,7 @@ import math, unicodedata
 import torch
 from tqdm import tqdm
 
-from bases import decoding_limit
+from bases import decoding_limit, limits
 from data import collate, micro_batches
 from runtime.distributed import NO_BAR, map_sharded
 from runtime.files import BadInput
@@ -135,15 +135,14 @@ def reads_as(text, texts):
 
 def begins(text, texts):
     """Returns whether a text that goes on may become one of `texts`."""
-    start = letters(text)
-    return any(letters(whole).startswith(start) for whole in texts)
+    start = letters(text.rstrip("\ufffd"))                                           # a character's first bytes
+    end = next((k for k in range(len(start), 0, -1) if not unicodedata.combining(start[k - 1])), 0)
+    return any(letters(whole).startswith(start[:end]) for whole in texts)            # marks: others may come before
 
 
 def letters(text):
-    """Returns what of a text is sure to stay where it goes on: without white space, decomposed, and without what stands
-    at its end for the first bytes of a character, or marks that others may come before."""
-    text = "".join(unicodedata.normalize("NFD", visible(text.rstrip("\ufffd"))).split())
-    return text[:next((k for k in range(len(text), 0, -1) if not unicodedata.combining(text[k - 1])), 0)]
+    """Returns a text without white space, its characters taken apart from their marks."""
+    return "".join(unicodedata.normalize("NFD", visible(text)).split())
 
 
 def lines_of(texts):
@@ -161,14 +160,17 @@ def decode(base, adapters, items, max_tokens, end=None, early=False):
     lines) instead, where a completion is not to be read; early: a text ends where it can no longer become the
     completion."""
     wanted = {} if end else {id(item): golds(base.tokenizer, item) for item in items}
-    ends = {id(item): end or (decoding_limit(item.continuations[0]), lines_of(wanted[id(item)])) for item in items}
+    ends, reach = {}, limits(base.tokenizer).length or math.inf                      # the last token is not run through
+    for item in items:
+        most, lines = end or (decoding_limit(item.continuations[0]), lines_of(wanted[id(item)]))
+        ends[id(item)] = min(most, reach + 1 - len(item.prompt)), lines
     def texts_of(items):
         found, parts = {}, decoding_batches(items, [ends[id(item)][0] for item in items], max_tokens)
         for part in tqdm(parts, desc=f"decoding on {base.name}", unit="batch", delay=2, leave=False, disable=NO_BAR):
-            limits, lines = zip(*(ends[id(item)] for item in part))
+            most, lines = zip(*(ends[id(item)] for item in part))
             def hopeless(r, text):
                 return not begins(text, wanted[id(part[r])])
-            texts = base.generate([item.prompt for item in part], adapters, [item.task for item in part], limits, lines,
+            texts = base.generate([item.prompt for item in part], adapters, [item.task for item in part], most, lines,
                                   hopeless if early else None)
             for item, text, n in zip(part, texts, lines):
                 found[id(item)] = first_lines(text, n)
@@ -192,11 +194,14 @@ def decoding_batches(items, limits, max_tokens):
 
 def golds(tokenizer, item):
     """Returns the texts that are an item's completion: its own, and what its tokens are decoded to. These differ where
-    a tokenizer changes texts (small letters, NFKC), or one token begins in the prompt and ends in the completion."""
+    a tokenizer changes texts (small letters, NFKC). Where one token begins in the prompt and ends in the completion,
+    the item's prompt ends before it, and only the second is right."""
     text, ids = item.row.choices[0], [k for k in item.continuations[0] if k != tokenizer.eos_token_id]
     if tokenizer.unk_token_id in ids:                                                # any unknown word would do
         return [text]
-    return [text, *filter(as_read, [tokenizer.decode(ids, clean_up_tokenization_spaces=False)])]
+    read = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    joined = letters(read).endswith(letters(text)) and letters(read) != letters(text)
+    return [read] if joined else [text, *filter(as_read, [read])]
 
 
 def per_character(item, log_p):

@@ -151,11 +151,13 @@ def evaluate_harness(work, base, tasks):
 # ---------------------------------------------------------------------------------------------- exact match
 # A result is [whether a row is an exact match]. Encoding the prompts is timed.
 def completions(base, tasks):
-    """Returns the items of the tasks of completions, and the function that makes a result of their texts."""
+    """Returns the items of the tasks of completions, and the function that makes a result of their texts. The harness
+    decodes from the whole prompt, also where an item's ends before it."""
     rows = [row for own in tasks.values() for row in own if row.open]
     items = encode(base.tokenizer, rows, list(tasks))[0]
-    return items, lambda texts: [reads_as(text, golds(base.tokenizer, item))
-                                 for item, text in zip(items, texts, strict=True)]
+    return items, lambda texts, whole=False: [
+        reads_as(text, [*golds(base.tokenizer, item), *item.row.choices[:whole]])
+        for item, text in zip(items, texts, strict=True)]
 
 
 def exact_ours(work, base, tasks, every=False):
@@ -179,4 +181,4 @@ def exact_harness(work, base, tasks):
     model = harness(base, TOGETHER[torch.device(work.device).type])
     asked = requests("generate_until", [
         (item.row.prompt, dict(until=["\n"], do_sample=False, max_gen_toks=limit[item.task])) for item in items])
-    return work.timed(lambda: result(model.generate_until(asked, disable_tqdm=True)))
+    return work.timed(lambda: result(model.generate_until(asked, disable_tqdm=True), True))

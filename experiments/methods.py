@@ -14,6 +14,7 @@ from baselines import cross_lora
 from baselines.lora import TaskLoRAs
 from bases import Base, same_depths
 from portal import MODULES, Adapters, Config, Converter, Core, Portal
+from runtime.files import BadInput
 from starts.align import align, keep_size, ridge, shared_inputs, texts_of
 from starts.teacher import soft_rows
 from starts.whiten import whiten
@@ -70,6 +71,8 @@ def loras(world, rank=16, carry=None, factor=1, ported=None, mean=False, shared=
     LoRAs is measured in the place of each; shared: one more LoRA is trained on all tasks and added to each."""
     own, base, source = TaskLoRAs(len(world.rows), world.base, None, rank, 2 * rank), world.base, world.source
     every = TaskLoRAs(1, base, None, rank, 2 * rank) if shared else None
+    if mean and len(world.rows) == 1:
+        raise BadInput("the mean of the other tasks' LoRAs needs two tasks")
     def both(name=None):
         mine, (A, B, _) = own.adapters(), every.adapters().map(lambda a: a.expand(len(world.rows), *a.shape[1:]))
         return Adapters({g: torch.cat([a, A[g]], 2) for g, a in mine.A.items()},
@@ -153,6 +156,8 @@ def ports(world, aligned=False, eps=None, untrained=False, swapped=False, unfree
     portal, converter, rows = copy.deepcopy(world.portal), world.converter(), world.rows
     if untrained:
         portal.core = untrained_core(portal.core)
+    if swapped and len(portal.z) == 1:
+        raise BadInput("latents are swapped between two tasks")
     if swapped:
         portal.z.data = portal.z.data.roll(1, 0)
     if labels is not None:

@@ -14,13 +14,14 @@ line a fit, base and task, and not done again; study.md and study.png are drawn 
 rounds of 4 rows a task, the search three rates and the knob's first value; a core is trained at the preset on
 --source-n rows a task; a port is aligned with the last of --bases.
 """
-import functools, hashlib, itertools, json, random, tempfile
+import contextlib, functools, hashlib, itertools, json, random, tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+import filelock
 import torch
 
-from bases import MAX_LENGTH, TOY_SEEN, encode, load_base, short_name, usual_dtype
+from bases import TOY_SEEN, encode, load_base, short_name, usual_dtype
 from data import most_rounds
 from experiments.methods import METHODS, World, loras, ports, sources
 from experiments.tables import draw, read, tried
@@ -33,10 +34,11 @@ from runtime.job import Job
 from runtime.run_folder import OUT, new_folder
 from runtime.saved import load_portal, save_portal
 from score import evaluate
+from starts.align import reach
 from tasks.rows import load_tasks, sample
 from train import fit
 
-SEARCHED = 896
+SEARCHED, CODE = 896, commit()                                                       # of the code that was imported
 RATES = {  # on the toy's bases (half of them for rounds of 2 rows), on others
     loras: ((3e-3, 1e-2, 2e-2), (1e-4, 3e-4, 1e-3)),
     ports: ((0.75, 1.5, 3.0), (0.1, 0.3, 0.9)),
@@ -119,18 +121,21 @@ def before(stand, start, seed, search, core=()):
     torch.manual_seed(seed)
     stages, _, result = loras(world) if start is loras else sources(world, **{**settings["sizes"], **dict(core)})
     rounds = most_rounds(world.rows, settings["batch_size"]) * settings["epochs"]
-    portal, code = None if start is loras else result.__self__, commit()
-    key = json.dumps([code, [base.provenance for base in bases], [own for own, _ in world.rows.values()], settings,
-                      seed, core, stand.device, str(stand.dtype)], default=str)
+    portal = None if start is loras else result.__self__
+    key = json.dumps([CODE, [(base.name, base.provenance) for base in bases], [own for own, _ in world.rows.values()],
+                      settings, seed, core, stand.device, str(stand.dtype)], default=str)
     kept = OUT / "sources" / hashlib.sha256(key.encode()).hexdigest()[:16]
-    keep = portal and stand.lengths and "dirty" not in code
-    if keep and kept.exists():
-        return load_portal(kept, list(portal.converters)).to(stand.device)
-    run(bases, stages[0](settings["lr"], rounds), world.rows, seed, settings)
-    if keep and not kept.exists():  # another process may have been first
-        with new_folder(kept) as folder:                                             # what load_portal needs of a run
-            save_portal(folder, portal)
-            write_json(folder / "portal.json", dict(config=vars(portal.cfg), bases=[], seed=seed, data=str(stand.data)))
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    keep = portal and stand.lengths and CODE and "dirty" not in CODE
+    with filelock.FileLock(f"{kept}.lock") if keep else contextlib.nullcontext():    # else two would train it
+        if keep and kept.exists():
+            return load_portal(kept, list(portal.converters)).to(stand.device)
+        run(bases, stages[0](settings["lr"], rounds), world.rows, seed, settings)
+        if keep:
+            with new_folder(kept) as folder:                                         # what load_portal needs of a run
+                save_portal(folder, portal)
+                write_json(folder / "portal.json", dict(config=vars(portal.cfg), bases=[], seed=seed,
+                                                        data=str(stand.data)))
     return portal or result()
 
 
@@ -159,9 +164,9 @@ def flops(base, adapters, tokens, rounds=0, cfg=None):
 
 
 def reading(here, aligned=False, carry=None, ported={}, **_):
-    """FLOPs of the forward passes in which a start has both bases read prompts, each cut at MAX_LENGTH as in align."""
+    """FLOPs of the forward passes in which a start has both bases read prompts, each cut as in align."""
     read = (here.base, here.source) if aligned or carry == "maps" or ported.get("aligned") else ()
-    return sum(2 * min(len(base.tokenizer(text).input_ids), MAX_LENGTH) * len(layers) * d_in * d_out
+    return sum(2 * min(len(base.tokenizer(text).input_ids), reach(base)) * len(layers) * d_in * d_out
                for base in read for text in here.texts for _, layers, d_in, d_out in base.groups.values())
 
 
@@ -184,7 +189,7 @@ def cell(stand, method, knob, lr, n, rounds, seed, search, bases):
                           owner.cfg if isinstance(owner, Portal) else None)
     fixed = dict(stand.facts(), method=method, knob=knob, lr=lr, n=n, rounds=rounds, seed=seed, search=search,
                  tokens=sum(log["tokens"] for log in logs), seconds=sum(log["seconds"] for log in logs),
-                 flops=None if how.start is sources else cost, hardware=hardware(), commit=commit())
+                 flops=None if how.start is sources else cost, hardware=hardware(), commit=CODE)
     measured, lines = sum((own for _, own in rows.values()), []), []
     for base in here.bases:
         with torch.no_grad():

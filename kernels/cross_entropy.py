@@ -39,6 +39,8 @@ the row's targets in order: no atomics, and the same batch gives the same bits. 
 plain torch, which is its reference and what runs on a CPU; beside the whole, `naive`, with all logits."""
 from __future__ import annotations  # the kernel's annotations stay text where triton is missing
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -160,15 +162,12 @@ class Targets:
     def __init__(self, source, target, weight, N):
         self.source, self.target, self.weight, self.N = source, target, weight, N
         self.share = weight.new_zeros(N).index_add_(0, source, weight)
-        self.ordered = None
 
-    @property
+    @functools.cached_property
     def by_position(self):
         """(order [M] that sorts the targets by position, first [N + 1]: where each position's begin in it)."""
-        if self.ordered is None:
-            ordered, order = self.source.sort(stable=True)
-            self.ordered = order, torch.searchsorted(ordered, torch.arange(self.N + 1, device=ordered.device))
-        return self.ordered
+        ordered, order = self.source.sort(stable=True)
+        return order, torch.searchsorted(ordered, torch.arange(self.N + 1, device=ordered.device))
 
     def within(self, start, B):
         """(which targets are at the B positions from `start` on [M], their position in there [M]; of the others, any).
@@ -199,7 +198,7 @@ class LinearNLL(torch.autograd.Function):
                 inside, local = targets.within(start, len(x))
                 own = squashed(logits[local, target].to(weight.dtype), scale, cap)   # [M]
                 if not need:
-                    torch.argmax(logits, 1, out=best[start:start + size])            # scale and cap keep the order
+                    torch.argmax(squashed(logits, scale, cap), 1, out=best[start:start + size])  # it rounds: ties
                 top, log_sum = softmax_gradient_(logits, targets, start, scale, cap, need)
                 nll = torch.where(inside, (top[local] - own) + log_sum[local], nll)  # exact where own is the highest
                 if need:

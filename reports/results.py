@@ -55,9 +55,12 @@ def hardware():
 
 
 def commit():
-    """The commit of this checkout, as `git describe --always --dirty` names it."""
-    found = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return found.stdout.strip() or "not a git checkout"
+    """The commit of this checkout, as `git describe --always --dirty` names it; "" where there is none, or no git."""
+    try:
+        return subprocess.check_output(["git", "-C", ROOT, "describe", "--always", "--dirty"], text=True,
+                                       stderr=subprocess.DEVNULL).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 @contextlib.contextmanager

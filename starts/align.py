@@ -3,9 +3,10 @@ one. Not in the write-up."""
 import torch
 from tqdm import tqdm
 
-from bases import MAX_LENGTH, same_depths
+from bases import MAX_LENGTH, limits, same_depths
 from kernels.cross_entropy import wide
 from runtime.distributed import NO_BAR
+from runtime.files import BadInput
 
 ALIGN = 256  # texts for `align`, in equal parts of all tasks
 
@@ -15,11 +16,16 @@ def texts_of(rows):
     return [row.prompt for train, _ in rows.values() for row in train[:max(1, ALIGN // len(rows))]]
 
 
+def reach(base):
+    """Returns how many tokens of a prompt are read."""
+    return min(MAX_LENGTH, limits(base.tokenizer).length or MAX_LENGTH)
+
+
 @torch.no_grad()
 def layer_inputs(base, text, modules):
     """Returns what the sites of `base` read at the S tokens of a text, {(m, layer): [S, d_in]} of those that text
     reaches, and {position of a character: the token that ends there}."""
-    tokens = base.tokenizer(text, return_offsets_mapping=True, truncation=True, max_length=MAX_LENGTH)
+    tokens = base.tokenizer(text, return_offsets_mapping=True, truncation=True, max_length=reach(base))
     found = {}
     def record(key):
         return lambda linear, args, y: found.update({key: args[0].flatten(0, -2).to(base.device)})
@@ -49,13 +55,16 @@ def ridge(XX, XY, by=1e-2):
 @torch.no_grad()
 def align(converter, base, like, source, texts):
     """Sets P_in by ridge regression towards the inputs of the core on `source`, a base it was trained on; `like` is the
-    source's converter. Not in the write-up. It uses prompts but no answers.
+    source's converter. It uses prompts but no answers. Raises BadInput for a tokenizer that does not tell where in a
+    text its tokens end.
 
     min over P_in of  sum |P_in x - P_in' x'|^2 + lambda |P_in|^2,  summed in float64, for each group of sites: x is
     what a layer of `base` reads at a token of a text, x' what the source's layer of the same relative depth reads at
     the token that ends at the same character. Tokenizers cut texts differently, but most words end at a token's end
     in both.
     """
+    if slow := [b.name for b in (base, source) if not b.tokenizer.is_fast]:
+        raise BadInput(f"--align: the tokenizer of {slow[0]} does not tell where in a text its tokens end")
     modules = {group.kind for group in converter.groups.values()}
     XX, XY = dict.fromkeys(converter.P_in, 0), dict.fromkeys(converter.P_in, 0)
     what = f"aligning {base.name} with {source.name}"
@@ -71,7 +80,7 @@ def align(converter, base, like, source, texts):
             X, Y = map(torch.cat, zip(*pairs))
             XX[g], XY[g] = XX[g] + (X.T @ X).double(), XY[g] + (X.T @ Y).double()
     for g, P_in in converter.P_in.items():
-        if torch.is_tensor(XX[g]):                                                   # else text does not reach them
+        if torch.is_tensor(XX[g]) and XX[g].any():                                   # else text does not reach them
             P_in.copy_(ridge(XX[g], XY[g]).T)                                        # [d_c, d_in]
 
 

@@ -8,7 +8,7 @@ FILES = [p for p in sorted([*ROOT.glob("*.py"), *ROOT.glob("[!.]*/*.py"), *ROOT.
 NAMES = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in FILES}
 TOP = ["data", "eval", "export", "port", "portal", "presets", "score", "train"]         # what is new goes into a room
 ROOMS = {"baselines", "bases", "docs", "experiments", "exports", "kernels", "reports", "results", "runtime", "starts", "tasks", "tests", "toy"}
-LINES = 9400                                                                          # of the product: growth shows here
+LINES = 9450                                                                          # of the product: growth shows here
 ORDER = ["portal", "kernels.lora", "bases", "tasks.rows", "tasks.benchmarks", "tasks.check", "data", "presets", "score", "exports.portallib", "exports.hub", "exports.peft",
          "starts", "tasks.new_task", "train", "port", "baselines", "reports", "eval", "exports", "export", "experiments"]  # lower floors first; a file imports from
 #                                                                                       lower floors and its own folder

@@ -13,8 +13,11 @@ from transformers import PreTrainedTokenizerFast
 import port
 import train
 from bases import Base
+from bases.tokens import Limits
 from portal import Converter
+from runtime.files import BadInput
 from runtime.job import Job
+from starts import align
 from starts.align import layer_inputs
 
 TEXTS = ["w1 w22 w3 Answer :", "w40 w4", "w7 w8 w9 w10 w11 w7"]
@@ -73,6 +76,24 @@ def test_a_base_aligned_with_itself_reads_as_it_does():
     x = torch.cat([x for text in texts[:5] for (m, _), x in layer_inputs(base, text, ["q"])[0].items()])
     want = x @ like.P_in["q"].T
     assert (x @ made.P_in["q"].T - want).norm() < 0.1 * want.norm()
+
+
+def test_alignment_keeps_to_the_models_positions_passes_by_zeros_and_needs_the_ends_of_tokens(monkeypatch):
+    base, source = tiny_base(), tiny_base(name="source")
+    portal = make_portal(source)
+    made = Converter(portal.cfg, base.groups_of(portal.cfg.modules), portal.converters["source"], port=True)
+    before, read = made.P_in["q"].clone(), []
+    base.tokenizer.limits = source.tokenizer.limits = Limits(length=7)
+    def zeros(*args, f=align.shared_inputs):
+        found = [{key: x * (key[0] != "q") for key, x in side.items()} for side in f(*args)]
+        read.extend(len(x) for side in found for x in side.values())
+        return found
+    monkeypatch.setattr(align, "shared_inputs", zeros)
+    port.align(made, base, portal.converters["source"], source, ["w1 w2 w3 " * 9])
+    assert set(read) == {7} and torch.equal(made.P_in["q"], before) and torch.isfinite(made.P_in["v"]).all()
+    monkeypatch.setattr(type(source.tokenizer), "is_fast", False)
+    with pytest.raises(BadInput, match="--align: the tokenizer of tiny does not tell where in a text its tokens end"):
+        port.align(made, base, portal.converters["source"], source, ["w1"])
 
 
 def test_an_aligned_port_reads_at_the_size_of_a_random_one(monkeypatch, tmp_path):

@@ -6,14 +6,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import lora_hooks, tiny_base, tiny_model
+from conftest import lora_hooks, tiny_base, tiny_model, tiny_tokenizer
 from helpers import make_portal, of_task, plain_greedy, random_adapters
 
 from tokenizers import normalizers
+from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import score as scoring
-from bases import encode, load_base
+from bases import Base, encode, load_base
+from bases.tokens import prepare
 from portal import MODULES, Adapters
 from runtime.files import ROOT, BadInput
 from runtime.job import Job
@@ -146,8 +148,31 @@ def test_the_start_of_a_text_has_the_letters_that_the_text_starts_with():
         ways = {unicodedata.normalize(form, text) for form in ("NFC", "NFD")} | ({"Vi\u00ea\u0323t", "Vie\u0302\u0323t"} if text[0] == "V" else set())
         for way, other in itertools.product(ways, ways):
             for k in range(len(way) + 1):
-                assert scoring.letters(other).startswith(scoring.letters(way[:k] + "\ufffd")), (way, other, k)
-    assert not scoring.letters("\u00e9a").startswith(scoring.letters("\u00e8a"))
+                assert scoring.begins(way[:k] + "\ufffd", [other]), (way, other, k)
+    assert not scoring.begins("\u00e8a", ["\u00e9a"]) and scoring.begins("e\ufffd \n", ["e\ufffd"]) and not scoring.begins("e\ufffd b", ["e\ufffd"])
+
+
+@pytest.mark.parametrize("prompt, completion, joint", [("the answer i", "s", " is"), ("the answer", "s", None), ("a: ", "is", " is")])
+def test_a_token_over_the_joint_of_prompt_and_completion_is_decoded_whole(prompt, completion, joint):
+    """The item's prompt ends before it; what repeats the completion's part alone makes another text: "the answers"."""
+    base = load_base("toy-qwen-s")
+    (item,), _ = encode(base.tokenizer, [Row("t", prompt, [completion])], ["t"])
+    texts = scoring.golds(base.tokenizer, item)
+    assert all(scoring.reads_as(text, texts) for text in (joint or completion, f"  {joint or completion} "))
+    other = joint and joint.strip() != completion
+    assert scoring.reads_as(completion, texts) is (not other) and not scoring.reads_as("b" + completion, texts)
+    best = base.tokenizer(completion, add_special_tokens=False).input_ids + [base.tokenizer.eos_token_id] * 3
+    assert scoring.settled(base.tokenizer, item, best[:len(item.continuations[0])]) in ((False,) if other else (True, None))
+
+
+def test_decoding_ends_where_the_models_positions_do():
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=80, n_positions=64, n_embd=16, n_layer=1, n_head=2, bos_token_id=None, eos_token_id=None)).eval()
+    base = Base(model, prepare(tiny_tokenizer(), model.config), "gpt")
+    items, _ = encode(base.tokenizer, [Row("t", "w1 " * 30, [" w2" * 40])], ["t"])
+    found = []
+    base.generate = lambda *args, f=base.generate: found.append(args[3]) or f(*args)
+    assert decode(base, None, items, 999) and decode(base, None, items, 999, (500, 9)) and found == [(64 + 1 - len(items[0].prompt),)] * 2
 
 
 @pytest.mark.parametrize("name", ["toy-qwen-s", "toy-gemma", "toy-hybrid"])
@@ -172,7 +197,7 @@ def test_exact_match_is_the_same_as_from_decoding_every_row(name):
     early = decode(base, adapters, items, 4096, early=True)                          # as far as a text may be right
     for item, text, short, right in zip(items, said, early, want):
         assert text.startswith(short) and (short == text if right else True)
-        assert not any(scoring.letters(gold).startswith(scoring.letters(short)) for gold in scoring.golds(base.tokenizer, item)) or short == text
+        assert short == text or not scoring.begins(short, scoring.golds(base.tokenizer, item))
     assert name == "toy-qwen-s" or sum(map(len, early)) < sum(map(len, said))        # that one says a single word
 
 

@@ -47,7 +47,7 @@ def test_ports_and_loras_on_bases_of_ones_own(world, monkeypatch, capsys):
     """The search measures rows held out of train at the rates of other bases; what it chose is measured on evaluation
     rows; a second command goes on in the same folder, and another study is refused there."""
     monkeypatch.setattr(study.Stand, "__new__", lambda cls, *args, new=study.Stand.__new__: new(cls, *args)._replace(held=2))
-    monkeypatch.setattr(study, "commit", lambda: "0123456")
+    monkeypatch.setattr(study, "CODE", "0123456")
     flags = "--bases ./base-a --to ./base-c --data data --tasks one,two --n 4 --source-n 4 --eval-rows 3 --seeds 0 --out out --methods".split()
     assert command(study, *flags, "bare base,portal,lora", "--rounds", "2,3") == 0
     found = lines_of(world / "out")
@@ -59,7 +59,7 @@ def test_ports_and_loras_on_bases_of_ones_own(world, monkeypatch, capsys):
         means = {lr: macro([(x["acc_norm"], -x["log_loss"]) for x in own if x["search"] and x["lr"] == lr]) for lr in rates}
         assert {x["lr"] for x in own if not x["search"]} == {max(rates, key=means.get)}
     assert "From base-a to base-c; tasks: one, two." in (world / "out" / "study.md").read_text()
-    kept, again = sorted((world / "out" / "sources").iterdir()), read_jsonl(world / "out" / "study.jsonl")
+    kept, again = [path for path in (world / "out" / "sources").iterdir() if path.is_dir()], read_jsonl(world / "out" / "study.jsonl")
     assert len(kept) == 2                                                            # the search's source, and the seed's
     lines = (world / "out" / "study.jsonl").rename(world / "lines")
     study.before.cache_clear(), study.world.cache_clear()
@@ -77,6 +77,9 @@ def test_ports_and_loras_on_bases_of_ones_own(world, monkeypatch, capsys):
     capsys.readouterr()
     assert command(study, *flags, "lora", "--rounds", "2", "--eval-rows", "2") == 2
     one_line(capsys, ["out holds another study", "'eval_rows': 3", "'eval_rows': 2"])
+    for method, words in (("portal latents swapped", "between two tasks"), ("mean of the other loras", "needs two tasks")):
+        assert command(study, *flags, method, "--tasks", "one", "--out", "alone", "--rounds", "2") == 2
+        one_line(capsys, [words])
     assert command(study, *flags, "source") == 2 and command(study, "--methods", "lora", "--rounds", "2") == 2
     assert "'source' cannot be measured here" in (text := capsys.readouterr().err) and "--rounds goes with --bases" in text
 
@@ -123,7 +126,7 @@ def test_flops_are_those_of_a_count_by_hand(monkeypatch):
     assert study.flops(base, made, 0, 5, portal.cfg) == 5 * 3 * (2 * 2 * 3 * (trunk + heads) + 3 * 2 * aligner)
     here = World([base], small_rows(), source=source)
     here.texts = ["w1 w2 w3", " ".join(["w4"] * 40)]
-    monkeypatch.setattr(study, "MAX_LENGTH", 2)                                      # align cuts prompts, too
+    monkeypatch.setattr("starts.align.MAX_LENGTH", 2)                                      # align cuts prompts, too
     assert study.reading(here) == study.reading(here, rank=4, eps=0.1) == study.reading(here, ported=dict(eps=1)) == 0
     assert study.reading(here, aligned=True) == study.reading(here, carry="maps") == study.reading(here, ported=dict(
         aligned=True)) == 2 * 4 * (weights("llama") + weights("qwen3"))

@@ -137,6 +137,18 @@ def test_the_best_token_is_that_of_all_logits(monkeypatch, rows, head):
             assert f(h, W, bias, *inputs[3:], **head)[2].tolist() == want
 
 
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+def test_the_best_token_in_half_precision_is_that_of_rounded_logits(head):
+    """Scale and cap make neighbouring numbers equal, of which the first is decoded."""
+    g = torch.Generator().manual_seed(0)
+    h = torch.eye(400, dtype=torch.bfloat16)
+    W = (12 + 0.3 * torch.randn(50, 400, generator=g)).to(torch.bfloat16)
+    z = W.T * torch.tensor(head.get("scale", 1.0), dtype=torch.bfloat16) if "scale" in head else W.T
+    want = (z if head.get("cap") is None else torch.tanh(z / head["cap"]) * head["cap"]).argmax(1)
+    at = torch.arange(400)
+    assert torch.equal(ce.linear_nll(h, W, None, at, at % 50, torch.ones(400), **head)[2], want)
+
+
 def test_no_work_for_a_gradient_nobody_needs(monkeypatch):
     inputs, needs = case(), []
     monkeypatch.setattr(ce, "softmax_gradient_", lambda *a, f=ce.softmax_gradient_: needs.append(a[-1]) or f(*a))
