@@ -3,7 +3,8 @@ import gguf, numpy as np, peft, pytest, torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from conftest import ARCHITECTURES, exact_norms, peft_projections, save_tiny, tiny_base, tiny_model, tiny_tokenizer
 from helpers import NeverWaits, hooked, items, of_task, random_adapters
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MambaConfig,
+                          MambaForCausalLM)
 
 from bases import Base, load_base, masks, reload_base, resolve
 from bases.load import cpu_dtype
@@ -363,15 +364,20 @@ def test_a_gguf_file_loads_with_the_same_logits(tmp_path):
     torch.testing.assert_close(saved.logits(batch), want, rtol=1e-4, atol=1e-4)
 
 
-def test_a_cpu_that_computes_bfloat16_is_told_so_once(tmp_path, monkeypatch, capsys):
-    """Where --dtype is not given: None."""
-    folder, hint = str(save_tiny(tmp_path / "base")), "this CPU computes bfloat16: a round of training is faster with --dtype bfloat16"
+def test_a_cpu_that_computes_bfloat16_has_bases_in_it_and_says_so_once(tmp_path, monkeypatch, capsys):
+    """Where --dtype is not given: None. A narrow base, such as the toy's, stays in float32."""
+    narrow, wide = str(save_tiny(tmp_path / "base")), str(tmp_path / "wide")
+    LlamaForCausalLM(LlamaConfig(vocab_size=80, hidden_size=512, intermediate_size=8, num_hidden_layers=1, num_attention_heads=8)).save_pretrained(wide)
+    tiny_tokenizer().save_pretrained(wide)
     monkeypatch.setattr("bases.load.cpu_dtype", cpu_dtype)                           # conftest has replaced it
     for able in ({}, {"avx512_bf16": False}, {"avx512_bf16": True}, {"amx_bf16": True}):
         monkeypatch.setattr("torch.cpu.get_capabilities", lambda: able)
         cpu_dtype.cache_clear()
-        assert load_base("toy-qwen-s", dtype=None).model.dtype == torch.float32 and not capsys.readouterr().out
-        assert {load_base(folder, dtype=None).model.dtype for _ in range(2)} == {torch.float32}
-        assert capsys.readouterr().out.count(hint) == any(able.values())
-    assert load_base(folder, "meta", None).model.dtype == torch.bfloat16
+        assert {load_base(spec, dtype=None).model.dtype for spec in ("toy-qwen-s", narrow)} == {torch.float32}
+        assert not capsys.readouterr().out
+        want = torch.bfloat16 if any(able.values()) else torch.float32
+        assert {load_base(wide, dtype=None).model.dtype for _ in range(2)} == {want}
+        assert capsys.readouterr().out.count("loaded in bfloat16") == any(able.values())
+        assert load_base(wide, dtype=torch.float32).model.dtype == torch.float32
+    assert load_base(narrow, "meta", None).model.dtype == torch.bfloat16
     cpu_dtype.cache_clear()
