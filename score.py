@@ -7,8 +7,7 @@
                      Decoding ends at EOS, at the end of the last line that counts (as many as the completion has), or
                      after twice as many tokens as the row's own completion has, at least 16: the number of a task is
                      the same whatever else is evaluated. Scoring the completion tells what decoding would begin with,
-                     which settles most rows (in half precision but for tokens whose logits round alike); only the others are
-                     decoded
+                     which settles most rows (in half precision but for logits that round alike); the others are decoded
     acc_norm_harness = lm-evaluation-harness's acc_norm: without the leading space; of equal scores the first counts
     recovered lift = (acc - acc_base) / (acc_LoRA - acc_base)         retention = acc / acc_LoRA
 

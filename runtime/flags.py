@@ -165,7 +165,7 @@ FLAGS = {
         "seed": dict(type=seed, metavar="N", help="seed of everything random (train: 0; else the run's)")},
     "the machine": {
         "device": dict(type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="torch device"),
-        "dtype": dict(choices="float32 bfloat16 float16".split(), help="of the base (bfloat16 where the device computes it)"),
+        "dtype": dict(choices="float32 bfloat16 float16".split(), help="of the base (bfloat16 if the device has it)"),
         "device-map": dict(choices=["auto"], help="spread a base too big for one GPU over all of them (accelerate)"),
         "quantize": dict(choices=["4bit"], help="hold the base's weights in 4 bits, NF4 (bitsandbytes; CUDA)"),
         "max-tokens": dict(NUMBER, help="token budget of a micro-batch, padding included"),
