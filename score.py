@@ -200,8 +200,8 @@ def golds(tokenizer, item):
     if tokenizer.unk_token_id in ids:                                                # any unknown word would do
         return [text]
     read = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    joined = letters(read).endswith(letters(text)) and letters(read) != letters(text)
-    return [read] if joined else [text, *filter(as_read, [read])]
+    own, whole = letters(text), letters(read)
+    return [read] if own != whole and whole.endswith(own) else [text, *filter(as_read, [read])]
 
 
 def per_character(item, log_p):

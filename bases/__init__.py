@@ -15,4 +15,5 @@ from bases.frozen import Base, same_depths
 from bases.load import (HUB, TOY, TOY_SEEN, TOY_UNSEEN, auto_class, load_base, load_config, load_tokenizer, pretrained,
                         resolve, short_name, short_names, source_of, usual_dtype)
 from bases.of_run import find_base, located, recorded, reload_base
-from bases.tokens import MAX_LENGTH, Item, around, decoding_limit, encode, limits, odd_rows, to_items, tokenize
+from bases.tokens import (MAX_LENGTH, Item, around, decoding_limit, encode, limits, most_tokens, odd_rows, to_items,
+                          tokenize)

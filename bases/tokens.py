@@ -95,6 +95,11 @@ def limits(tokenizer):
     return getattr(tokenizer, "limits", Limits())
 
 
+def most_tokens(tokenizer):
+    """Return how many tokens of a text are read at most."""
+    return min(MAX_LENGTH, limits(tokenizer).length or MAX_LENGTH)
+
+
 # ---------------------------------------------------------------------------------------------- texts to tokens
 def text_ids(tokenizer, texts):
     """Return ([token ids of each text], the ids that they begin with): what the tokenizer puts before a text (BOS),

@@ -156,7 +156,7 @@ def completions(base, tasks):
     rows = [row for own in tasks.values() for row in own if row.open]
     items = encode(base.tokenizer, rows, list(tasks))[0]
     return items, lambda texts, whole=False: [
-        reads_as(text, [*golds(base.tokenizer, item), *item.row.choices[:whole]])
+        reads_as(text, [*golds(base.tokenizer, item), *(item.row.choices if whole else ())])
         for item, text in zip(items, texts, strict=True)]
 
 

@@ -156,9 +156,9 @@ def ports(world, aligned=False, eps=None, untrained=False, swapped=False, unfree
     portal, converter, rows = copy.deepcopy(world.portal), world.converter(), world.rows
     if untrained:
         portal.core = untrained_core(portal.core)
-    if swapped and len(portal.z) == 1:
-        raise BadInput("latents are swapped between two tasks")
     if swapped:
+        if len(portal.z) == 1:
+            raise BadInput("latents are swapped between two tasks")
         portal.z.data = portal.z.data.roll(1, 0)
     if labels is not None:
         rows = {task: (train[:labels] + [world.soft[id(row)] for row in train[labels:] if id(row) in world.soft], held)

@@ -14,31 +14,31 @@ line a fit, base and task, and not done again; study.md and study.png are drawn 
 rounds of 4 rows a task, the search three rates and the knob's first value; a core is trained at the preset on
 --source-n rows a task; a port is aligned with the last of --bases.
 """
-import contextlib, functools, hashlib, itertools, json, random, tempfile
+import functools, hashlib, itertools, json, random, tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import filelock
 import torch
 
-from bases import TOY_SEEN, encode, load_base, short_name, usual_dtype
+from bases import TOY_SEEN, encode, load_base, most_tokens, short_name, usual_dtype
 from data import most_rounds
 from experiments.methods import METHODS, World, loras, ports, sources
 from experiments.tables import draw, read, tried
 from portal import Portal
 from presets import REAL, preset
-from reports.results import commit, hardware, pack
+from reports.results import NO_COMMIT, commit, hardware, pack
 from runtime.files import ROOT, BadInput, append_jsonl, read_jsonl, write_json
 from runtime.flags import commas, parse, positive, run_main, seed as seed_of, some_of
 from runtime.job import Job
 from runtime.run_folder import OUT, new_folder
 from runtime.saved import load_portal, save_portal
 from score import evaluate
-from starts.align import reach
 from tasks.rows import load_tasks, sample
 from train import fit
 
-SEARCHED, CODE = 896, commit()                                                       # of the code that was imported
+SEARCHED = 896
+CODE = commit()                                                                      # of what is imported here
 RATES = {  # on the toy's bases (half of them for rounds of 2 rows), on others
     loras: ((3e-3, 1e-2, 2e-2), (1e-4, 3e-4, 1e-3)),
     ports: ((0.75, 1.5, 3.0), (0.1, 0.3, 0.9)),
@@ -122,21 +122,23 @@ def before(stand, start, seed, search, core=()):
     stages, _, result = loras(world) if start is loras else sources(world, **{**settings["sizes"], **dict(core)})
     rounds = most_rounds(world.rows, settings["batch_size"]) * settings["epochs"]
     portal = None if start is loras else result.__self__
+    def train():
+        run(bases, stages[0](settings["lr"], rounds), world.rows, seed, settings)
+    if not (portal and stand.lengths) or CODE == NO_COMMIT or "dirty" in CODE:
+        train()
+        return portal or result()
     key = json.dumps([CODE, [(base.name, base.provenance) for base in bases], [own for own, _ in world.rows.values()],
                       settings, seed, core, stand.device, str(stand.dtype)], default=str)
     kept = OUT / "sources" / hashlib.sha256(key.encode()).hexdigest()[:16]
     kept.parent.mkdir(parents=True, exist_ok=True)
-    keep = portal and stand.lengths and CODE and "dirty" not in CODE
-    with filelock.FileLock(f"{kept}.lock") if keep else contextlib.nullcontext():    # else two would train it
-        if keep and kept.exists():
+    with filelock.FileLock(f"{kept}.lock"):                                          # else two would train it
+        if kept.exists():
             return load_portal(kept, list(portal.converters)).to(stand.device)
-        run(bases, stages[0](settings["lr"], rounds), world.rows, seed, settings)
-        if keep:
-            with new_folder(kept) as folder:                                         # what load_portal needs of a run
-                save_portal(folder, portal)
-                write_json(folder / "portal.json", dict(config=vars(portal.cfg), bases=[], seed=seed,
-                                                        data=str(stand.data)))
-    return portal or result()
+        train()
+        with new_folder(kept) as folder:                                             # what load_portal needs of a run
+            save_portal(folder, portal)
+            write_json(folder / "portal.json", dict(config=vars(portal.cfg), bases=[], seed=seed, data=str(stand.data)))
+    return portal
 
 
 @functools.cache
@@ -166,7 +168,7 @@ def flops(base, adapters, tokens, rounds=0, cfg=None):
 def reading(here, aligned=False, carry=None, ported={}, **_):
     """FLOPs of the forward passes in which a start has both bases read prompts, each cut as in align."""
     read = (here.base, here.source) if aligned or carry == "maps" or ported.get("aligned") else ()
-    return sum(2 * min(len(base.tokenizer(text).input_ids), reach(base)) * len(layers) * d_in * d_out
+    return sum(2 * min(len(base.tokenizer(text).input_ids), most_tokens(base.tokenizer)) * len(layers) * d_in * d_out
                for base in read for text in here.texts for _, layers, d_in, d_out in base.groups.values())
 
 

@@ -54,13 +54,16 @@ def hardware():
     return f"{cpu}, {os.cpu_count()} cores{gpu}, torch {torch.__version__}"
 
 
+NO_COMMIT = "not a git checkout"
+
+
 def commit():
-    """The commit of this checkout, as `git describe --always --dirty` names it; "" where there is none, or no git."""
+    """The commit of this checkout, as `git describe --always --dirty` names it, or NO_COMMIT."""
     try:
         return subprocess.check_output(["git", "-C", ROOT, "describe", "--always", "--dirty"], text=True,
                                        stderr=subprocess.DEVNULL).strip()
     except (OSError, subprocess.CalledProcessError):
-        return ""
+        return NO_COMMIT
 
 
 @contextlib.contextmanager

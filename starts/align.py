@@ -3,7 +3,7 @@ one. Not in the write-up."""
 import torch
 from tqdm import tqdm
 
-from bases import MAX_LENGTH, limits, same_depths
+from bases import most_tokens, same_depths
 from kernels.cross_entropy import wide
 from runtime.distributed import NO_BAR
 from runtime.files import BadInput
@@ -16,16 +16,12 @@ def texts_of(rows):
     return [row.prompt for train, _ in rows.values() for row in train[:max(1, ALIGN // len(rows))]]
 
 
-def reach(base):
-    """Returns how many tokens of a prompt are read."""
-    return min(MAX_LENGTH, limits(base.tokenizer).length or MAX_LENGTH)
-
-
 @torch.no_grad()
 def layer_inputs(base, text, modules):
     """Returns what the sites of `base` read at the S tokens of a text, {(m, layer): [S, d_in]} of those that text
     reaches, and {position of a character: the token that ends there}."""
-    tokens = base.tokenizer(text, return_offsets_mapping=True, truncation=True, max_length=reach(base))
+    tokenizer = base.tokenizer
+    tokens = tokenizer(text, return_offsets_mapping=True, truncation=True, max_length=most_tokens(tokenizer))
     found = {}
     def record(key):
         return lambda linear, args, y: found.update({key: args[0].flatten(0, -2).to(base.device)})

@@ -2,7 +2,7 @@
 import json
 from collections import Counter
 
-from bases import MAX_LENGTH, around, limits, load_tokenizer, odd_rows, to_items, tokenize
+from bases import around, load_tokenizer, most_tokens, odd_rows, to_items, tokenize
 from runtime.files import BadInput
 from tasks.rows import as_read, load_tasks
 
@@ -71,7 +71,7 @@ def describe_tokens(folder, task, splits, spec, tokenizer, problems):
     lengths = sorted(len(prompt) + max(map(len, continuations if k >= n else [continuations[rows[k].gold]]))
                      for k, (_, prompt, continuations) in enumerate(found))
     print(f"  tokens of {spec}: median {lengths[len(lengths) // 2]}, max {lengths[-1]}; {cut} of {len(rows)} prompts "
-          f"would be cut to {min(MAX_LENGTH, limits(tokenizer).length or MAX_LENGTH)}")
+          f"would be cut to {most_tokens(tokenizer)}")
     for tokens in found[:3]:
         print(f"    {around(tokenizer, tokens)}")
     return odd_rows(tokenizer, rows, found)

@@ -126,7 +126,7 @@ def test_flops_are_those_of_a_count_by_hand(monkeypatch):
     assert study.flops(base, made, 0, 5, portal.cfg) == 5 * 3 * (2 * 2 * 3 * (trunk + heads) + 3 * 2 * aligner)
     here = World([base], small_rows(), source=source)
     here.texts = ["w1 w2 w3", " ".join(["w4"] * 40)]
-    monkeypatch.setattr("starts.align.MAX_LENGTH", 2)                                      # align cuts prompts, too
+    monkeypatch.setattr("bases.tokens.MAX_LENGTH", 2)                                # align cuts prompts, too
     assert study.reading(here) == study.reading(here, rank=4, eps=0.1) == study.reading(here, ported=dict(eps=1)) == 0
     assert study.reading(here, aligned=True) == study.reading(here, carry="maps") == study.reading(here, ported=dict(
         aligned=True)) == 2 * 4 * (weights("llama") + weights("qwen3"))
